@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import train
-from train.config import nearest
+from train.config_paths import nearest
 from train.errors import UserError
 
 
