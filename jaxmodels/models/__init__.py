@@ -1,1 +1,1 @@
-
+"""Models built from the mixers."""
