@@ -3,9 +3,15 @@
 import functools
 
 import pytest
-from law import CHECKS, Subject, check_against_wide, check_splits, with_x64
 
 from jaxmodels.mixers.registry import MIXERS
+from tests.jaxmodels.mixers.law import (
+    CHECKS,
+    Subject,
+    check_against_wide,
+    check_splits,
+    with_x64,
+)
 
 # Fields that the defaults do not reach. Every mixer also runs with its defaults.
 VARIANTS = {
