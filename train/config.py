@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from train.config_paths import deep_copy, set_key, to_plain
+from train.config_paths import Config, deep_copy, set_key, to_plain
 from train.errors import UserError
 
 # fmt: off
@@ -30,6 +30,9 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.channel", "identity", "channel mixer after each sequence mixer: identity, mlp or swiglu"),
     ("model.channel_multiplier", 4.0, "hidden width of the channel mixer over d_model"),
     ("model.norm", "layernorm", "layernorm or rmsnorm"),
+    ("model.norm_epsilon", 1e-5, "added to the variance inside the norms"),
+    ("model.tie_embeddings", True, "the head is the embedding, transposed"),
+    ("model.initializer_range", 0.02, "standard deviation of the initial weights"),
     ("model.max_positions", 0, "learned positions; 0 = none"),
     ("model.embed_dropout", 0.1, "dropout after the embedding"),
     ("model.resid_dropout", 0.0, "dropout on the output of each mixer"),
@@ -82,7 +85,7 @@ MEANING = {path: meaning for path, _, meaning in KEYS}
 FREE_KEYS = ("mesh", "checkpoint", "log", "eval", "steps_per_call", "max_bad_steps")
 
 
-def base_config() -> ConfigDict:
+def base_config() -> Config:
     """A locked ConfigDict with every key of KEYS at its default."""
     nested: dict[str, Any] = {}
     for path, default, _ in KEYS:
@@ -94,7 +97,7 @@ def base_config() -> ConfigDict:
     return ConfigDict(nested).lock()
 
 
-def from_plain(plain: Mapping[str, Any]) -> ConfigDict:
+def from_plain(plain: Mapping[str, Any]) -> Config:
     """The config again, starting from the defaults so that a directory written before a key existed can still be read.
 
     Raises:
@@ -106,12 +109,12 @@ def from_plain(plain: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def dumps(config: ConfigDict) -> str:
+def dumps(config: Config) -> str:
     """The text of config.json: the same config gives the same bytes."""
     return json.dumps(to_plain(config), indent=1, sort_keys=True) + "\n"
 
 
-def differences(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
+def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """`key: saved value -> new value` for every key that must not change in a directory but did (see FREE_KEYS)."""
     old, new = (dict(_leaves(to_plain(c))) for c in (saved, config))
     # a key that did not exist when the directory was written had its default
@@ -124,13 +127,13 @@ def differences(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
     ]
 
 
-def expand_runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+def expand_runs(config: Config) -> list[tuple[str, Config]]:
     """The runs of a suite as (name, full config); the overrides of each run are set on the suite's own keys.
 
     Raises:
       UserError: a run without a name, two of one name, an unknown key.
     """
-    runs: list[tuple[str, ConfigDict]] = []
+    runs: list[tuple[str, Config]] = []
     for i, overrides in enumerate(config.runs):
         name = overrides.get("name") if isinstance(overrides, Mapping) else None
         if not isinstance(name, str) or not re.fullmatch(r"[\w.=-]+", name) or name.startswith("."):

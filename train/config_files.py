@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import train
-from train.config_paths import nearest
+from train.config_paths import Config, nearest
 from train.errors import UserError
 
 
@@ -48,7 +48,7 @@ def find_config(name: str) -> Path:
     raise UserError(f"no config {name!r}; {hint}")
 
 
-def load_config(name: str) -> ConfigDict:
+def load_config(name: str) -> Config:
     """`get_config()` of the file, locked.
 
     Raises:

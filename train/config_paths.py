@@ -9,16 +9,18 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
 from train.errors import UserError
 
+# A ConfigDict. Annotated as Any because type checkers cannot know the attributes of one.
+Config: TypeAlias = Any
 _PART = re.compile(r"\.?([A-Za-z_][A-Za-z0-9_]*)|\[(-?\d+)\]")
 
 
-def set_key(config: ConfigDict, path: str, value: Any, where: str = "") -> None:
+def set_key(config: Config, path: str, value: Any, where: str = "") -> None:
     """Sets `model.mixers[0].feature_dim` or the like. A str value is read as the key's type, as from a command line.
 
     Keys of the config must exist; a dict inside a list (a mixer, a segment) also takes new keys, which `train.check`
@@ -35,13 +37,13 @@ def set_key(config: ConfigDict, path: str, value: Any, where: str = "") -> None:
     new = _read(old, value, f"{where}config.{path}", is_new=_is_new(holder, last))
     if isinstance(holder, tuple):  # a tuple cannot be written into: write the whole of it again
         items = list(holder)
-        items[last] = new
+        items[int(last)] = new
         set_key(config, path[: path.rindex("[")], tuple(items), where)
     else:
         holder[last] = new
 
 
-def get_key(config: ConfigDict, path: str) -> Any:
+def get_key(config: Config, path: str) -> Any:
     """The value at `path`; None for a key that a dict inside a list could take but does not have.
 
     Raises:
@@ -71,7 +73,7 @@ def parse_path(path: str) -> list[str | int]:
     return parts
 
 
-def unknown_key(config: ConfigDict, path: str, where: str = "") -> UserError:
+def unknown_key(config: Config, path: str, where: str = "") -> UserError:
     """The error for a key that does not exist, with the nearest one that does."""
     near = nearest(path, list(_paths(config)))
     hint = f"did you mean config.{near}?" if near else "--help lists the keys"
@@ -112,7 +114,7 @@ def _is_new(holder: Any, part: str | int) -> bool:
     return isinstance(holder, dict) and isinstance(part, str) and part not in holder
 
 
-def _child(config: ConfigDict, holder: Any, part: str | int, path: str, where: str) -> Any:
+def _child(config: Config, holder: Any, part: str | int, path: str, where: str) -> Any:
     if isinstance(part, int):
         if not isinstance(holder, (list, tuple)):
             raise UserError(
@@ -165,13 +167,9 @@ def _number(parsed: Any, kind: type, key: str, value: Any) -> int | float | None
     """An int where an int is wanted (1e4 is one), a finite float where a float is; None where num_examples is endless."""
     if parsed is None and key.endswith(".num_examples"):
         return None
-    is_number = (
-        isinstance(parsed, (int, float)) and not isinstance(parsed, bool) and math.isfinite(parsed)
-    )
-    if kind is int and is_number and parsed == int(parsed):
-        return int(parsed)
-    if kind is float and is_number:
-        return float(parsed)
+    if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) and math.isfinite(parsed):
+        if kind is float or parsed == int(parsed):
+            return kind(parsed)
     raise _wrong(key, "an integer" if kind is int else "a number", value)
 
 

@@ -1,0 +1,166 @@
+"""Whether a config can be trained at all: everything that can be said without a device, before anything is written."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from train.config import base_config, expand_runs
+from train.config_paths import Config, get_key, nearest
+from train.errors import UserError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "data.mode": ("device", "zoology"),
+    "model.dtype": ("float32", "bfloat16"),
+    "optimizer.name": ("adamw", "sgd", "lion", "muon"),
+    "optimizer.schedule": ("cosine", "wsd", "cosine_per_epoch", "constant"),
+    "optimizer.decay_mask": ("all", "matrices"),
+    "plot": ("", "recall_memory"),
+}
+AT_LEAST: dict[str, float] = {
+    **dict.fromkeys(("steps", "batch_size", "steps_per_call", "max_bad_steps"), 1),
+    **dict.fromkeys(("model.vocab_size", "model.d_model", "model.num_layers"), 1),
+    **dict.fromkeys(("data.num_passes", "data.test_batch_size", "data.power_a"), 0),
+    **dict.fromkeys(("model.max_positions", "model.norm_epsilon", "model.initializer_range"), 0),
+    **dict.fromkeys(("optimizer.warmup_steps", "optimizer.decay_steps"), 0),
+    **dict.fromkeys(("optimizer.steps_per_epoch", "optimizer.weight_decay"), 0),
+    **dict.fromkeys(("optimizer.clip_norm", "optimizer.final_fraction", "optimizer.eps"), 0),
+    **dict.fromkeys(("checkpoint.every_seconds", "checkpoint.every_steps"), 0),
+    **dict.fromkeys(("checkpoint.keep_latest", "optimizer.accumulate"), 1),
+    **dict.fromkeys(("checkpoint.keep_best", "learning_rate", "seed"), 0),
+    **dict.fromkeys(("log.every_steps", "eval.every_steps"), 1),
+}
+FRACTIONS = (
+    "model.embed_dropout",
+    "model.resid_dropout",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.momentum",
+)
+
+
+def check(config: Config) -> None:
+    """Raises UserError for the first value that cannot work. A suite is checked run by run."""
+    _check_known(config)
+    if config.runs:
+        for name, run in expand_runs(config):
+            try:
+                check(run)
+            except UserError as error:
+                raise UserError(f"run {name!r}: {error}") from error
+        return
+    _check_values(config)
+    _check_optimizer(config)
+    _check_mesh(config)
+    check_model(config)
+    _check_task(config)
+
+
+def _check_known(config: Config) -> None:
+    """A config file that starts from something else than base_config() may lack keys or have others."""
+    base = base_config()
+    for group in base:
+        if group not in config:
+            raise UserError(
+                f"the config has no config.{group}; start it from train.config.base_config()"
+            )
+        if hasattr(base[group], "keys"):
+            lacking = [key for key in base[group] if key not in config[group]]
+            if lacking:
+                raise UserError(
+                    f"the config has no config.{group}.{lacking[0]}; start it from base_config()"
+                )
+
+
+def _check_values(config: Config) -> None:
+    for path, allowed in CHOICES.items():
+        value = get_key(config, path)
+        if value not in allowed:
+            near = nearest(str(value), list(allowed))
+            hint = f"; did you mean {near}?" if near else ""
+            raise UserError(
+                f"config.{path} must be one of {', '.join(a for a in allowed if a)}, got {value!r}{hint}"
+            )
+    for path, least in AT_LEAST.items():
+        if get_key(config, path) < least:
+            raise UserError(
+                f"config.{path} must be at least {least:g}, got {get_key(config, path)}"
+            )
+    for path in FRACTIONS:
+        if not 0 <= get_key(config, path) < 1:
+            raise UserError(f"config.{path} must be in [0, 1), got {get_key(config, path)}")
+
+
+def _check_optimizer(config: Config) -> None:
+    accumulate = config.optimizer.accumulate
+    if config.batch_size % accumulate:
+        raise UserError(
+            f"config.batch_size={config.batch_size} cannot be split in config.optimizer.accumulate={accumulate} equal parts"
+        )
+    for key in ("warmup_steps", "decay_steps"):
+        if config.optimizer[key] > config.steps:
+            raise UserError(
+                f"config.optimizer.{key}={config.optimizer[key]} is more than config.steps={config.steps}"
+            )
+
+
+def _check_mesh(config: Config) -> None:
+    sizes = {axis: config.mesh[axis] for axis in config.mesh}
+    wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
+    if wrong:
+        raise UserError(
+            f"config.mesh.{wrong[0]} must be a number of devices or -1, got {sizes[wrong[0]]}"
+        )
+    free = [f"config.mesh.{axis}" for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(
+            f"only one mesh axis can be -1 (all other devices), got {' and '.join(free)}"
+        )
+
+
+def check_model(config: Config) -> None:
+    """Builds the model, and its parameters as shapes only, so that an impossible shape is found here."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmodels.models.language_model import build_language_model
+
+    mixers = config.model.mixers
+    if not all(
+        isinstance(mixer, Mapping) and isinstance(mixer.get("name"), str) for mixer in mixers
+    ):
+        raise UserError(
+            "config.model.mixers must be a list of {'name': ..., field: value}, got " + repr(mixers)
+        )
+    try:
+        model = build_language_model(**config.model.to_dict())
+        for i, mixer in enumerate(mixers):
+            _check_mixer(f"config.model.mixers[{i}]", mixer)
+        tokens = jnp.zeros((1, min(config.model.max_positions or 8, 8)), jnp.int32)
+        jax.eval_shape(model.init, jax.random.key(0), tokens)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"config.model: {str(error).splitlines()[0]}") from error
+
+
+def _check_mixer(path: str, mixer: Mapping[str, Any]) -> None:
+    """Fields hold what their defaults are: a number, a word, a switch."""
+    from jaxmodels.mixers.registry import MIXERS
+
+    defaults = {field.name: field.default for field in dataclasses.fields(MIXERS[mixer["name"]])}
+    for key, value in mixer.items():
+        default = defaults.get(key)
+        if callable(default):
+            raise UserError(f"{path}.{key} is a function and cannot be set in a config")
+        wanted = {bool: bool, int: int, float: (int, float), str: str}.get(type(default))
+        if key == "name" or wanted is None:
+            continue
+        if not isinstance(value, wanted) or (isinstance(value, bool) and type(default) is not bool):
+            raise UserError(f"{path}.{key} must be like its default {default!r}, got {value!r}")
+
+
+def _check_task(config: Config) -> None:
+    from train.tasks import TASKS
+
+    if config.task not in TASKS:
+        near = nearest(config.task, list(TASKS))
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"config.task must be one of {', '.join(TASKS)}, got {config.task!r}{hint}")
