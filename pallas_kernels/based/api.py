@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.based import chunked, quadratic, reference
@@ -95,5 +96,5 @@ def _check_shapes(q, k, v, initial_state, segment_ids) -> None:
     if segment_ids is not None and segment_ids.shape != (b, t):
         raise ValueError(f"segment_ids is {segment_ids.shape}, not {(b, t)}")
     if segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):
-        if bool((segment_ids < 0).any()):
+        if (np.asarray(segment_ids) < 0).any():
             raise ValueError("segment_ids must be 0 (padding) or positive")
