@@ -1,4 +1,5 @@
-"""Whether a config can be trained at all: everything that can be said without a device, before anything is written."""
+"""Whether a config can be trained at all: everything that can be said without a device, before anything is
+written. What depends on the devices (config.mesh) is checked by `train.sharding.make_mesh`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,9 +12,6 @@ from train.errors import UserError
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.mode": ("device", "zoology"),
     "model.dtype": ("float32", "bfloat16"),
-    "optimizer.name": ("adamw", "sgd", "lion", "muon"),
-    "optimizer.schedule": ("cosine", "wsd", "cosine_per_epoch", "constant"),
-    "optimizer.decay_mask": ("all", "matrices"),
     "plot": ("", "recall_memory"),
 }
 AT_LEAST: dict[str, float] = {
@@ -21,21 +19,12 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("model.vocab_size", "model.d_model", "model.num_layers"), 1),
     **dict.fromkeys(("data.num_passes", "data.test_batch_size", "data.power_a"), 0),
     **dict.fromkeys(("model.max_positions", "model.norm_epsilon", "model.initializer_range"), 0),
-    **dict.fromkeys(("optimizer.warmup_steps", "optimizer.decay_steps"), 0),
-    **dict.fromkeys(("optimizer.steps_per_epoch", "optimizer.weight_decay"), 0),
-    **dict.fromkeys(("optimizer.clip_norm", "optimizer.final_fraction", "optimizer.eps"), 0),
     **dict.fromkeys(("checkpoint.every_seconds", "checkpoint.every_steps"), 0),
     **dict.fromkeys(("checkpoint.keep_latest", "optimizer.accumulate"), 1),
     **dict.fromkeys(("checkpoint.keep_best", "learning_rate", "seed"), 0),
     **dict.fromkeys(("log.every_steps", "eval.every_steps"), 1),
 }
-FRACTIONS = (
-    "model.embed_dropout",
-    "model.resid_dropout",
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.momentum",
-)
+FRACTIONS = ("model.embed_dropout", "model.resid_dropout", "optimizer.final_fraction")
 
 
 def check(config: Config) -> None:
@@ -50,7 +39,6 @@ def check(config: Config) -> None:
         return
     _check_values(config)
     _check_optimizer(config)
-    _check_mesh(config)
     check_model(config)
     _check_task(config)
 
@@ -91,30 +79,10 @@ def _check_values(config: Config) -> None:
 
 
 def _check_optimizer(config: Config) -> None:
-    accumulate = config.optimizer.accumulate
-    if config.batch_size % accumulate:
-        raise UserError(
-            f"config.batch_size={config.batch_size} cannot be split in config.optimizer.accumulate={accumulate} equal parts"
-        )
-    for key in ("warmup_steps", "decay_steps"):
-        if config.optimizer[key] > config.steps:
-            raise UserError(
-                f"config.optimizer.{key}={config.optimizer[key]} is more than config.steps={config.steps}"
-            )
+    from train.optimizer import make_optimizer, make_schedule
 
-
-def _check_mesh(config: Config) -> None:
-    sizes = {axis: config.mesh[axis] for axis in config.mesh}
-    wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
-    if wrong:
-        raise UserError(
-            f"config.mesh.{wrong[0]} must be a number of devices or -1, got {sizes[wrong[0]]}"
-        )
-    free = [f"config.mesh.{axis}" for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise UserError(
-            f"only one mesh axis can be -1 (all other devices), got {' and '.join(free)}"
-        )
+    make_optimizer(config)
+    make_schedule(config)
 
 
 def check_model(config: Config) -> None:
