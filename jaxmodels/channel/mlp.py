@@ -1,6 +1,6 @@
 """Channel mixers: the position-wise half of a block."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn

@@ -42,7 +42,9 @@ class Based(nn.Module):
         """Query heads, key/value heads, value width per head."""
         groups = self.num_kv_heads or self.num_heads
         if self.num_heads % groups:
-            raise ValueError(f"based: num_heads={self.num_heads} is no multiple of num_kv_heads={groups}")
+            raise ValueError(
+                f"based: num_heads={self.num_heads} is no multiple of num_kv_heads={groups}"
+            )
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(
                 f"based: d_model={self.d_model} does not divide into num_heads={self.num_heads}; set head_dim"

@@ -1,6 +1,7 @@
 """Pre-norm residual blocks around any sequence mixer."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn

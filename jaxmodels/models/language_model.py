@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import math
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -181,7 +182,9 @@ def build_language_model(**fields: Any) -> LanguageModel:
         _check_fields(f"mixer {name}", mixer, MIXERS[name])
     for field, known in (("norm", tuple(NORMS)), ("channel", CHANNELS)):
         if fields.get(field, known[0]) not in known:
-            raise ValueError(f"unknown {field} {fields[field]!r}; there are {', '.join(map(str, known))}")
+            raise ValueError(
+                f"unknown {field} {fields[field]!r}; there are {', '.join(map(str, known))}"
+            )
     types = {k: jnp.dtype(fields[k]) for k in ("dtype", "param_dtype") if fields.get(k) is not None}
     return LanguageModel(**{**fields, **types, "mixers": tuple(mixers)})
 

@@ -92,7 +92,9 @@ def _check_shapes(q, k, v, initial_state, segment_ids) -> None:
         raise ValueError(f"{h} query heads cannot share {k.shape[2]} key/value heads evenly")
     expected = (b, k.shape[2], expanded_width(f), v.shape[3] + 1)
     if initial_state is not None and initial_state.shape != expected:
-        raise ValueError(f"initial_state is {initial_state.shape}; f={f} and v={v.shape[3]} need {expected}")
+        raise ValueError(
+            f"initial_state is {initial_state.shape}; f={f} and v={v.shape[3]} need {expected}"
+        )
     if segment_ids is not None and segment_ids.shape != (b, t):
         raise ValueError(f"segment_ids is {segment_ids.shape}, not {(b, t)}")
     if segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):

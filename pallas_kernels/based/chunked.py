@@ -6,7 +6,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.based.quadratic import one_chunk
 
-CHUNK = 128  # fastest of 32, 64, 128, 256 on two CPU cores at f = 16, v = 64 (docs/performance_log.md)
+CHUNK = (
+    128  # fastest of 32, 64, 128, 256 on two CPU cores at f = 16, v = 64 (docs/performance_log.md)
+)
 
 
 def scan_chunks(
@@ -16,13 +18,13 @@ def scan_chunks(
     state: Float[Array, "b g e v1"],
     segment_ids: Int[Array, "b t"] | None,
     current: Int[Array, " b"] | None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "b g r t v1"], Float[Array, "b g e v1"]]:
     """As `one_chunk` over the whole sequence. Differentiating keeps one state per chunk and recomputes the rest.
 
     The length is padded to whole chunks with rows of v1 = 0, which add nothing to any sum, the constant term included.
     """
-    t = q.shape[3]
+    t, chunk = q.shape[3], chunk or CHUNK
     n = -(-t // chunk)
 
     def split(x, axis):

@@ -76,13 +76,19 @@ def unpack_state(state: Float[Array, "*rows e v"], f: int) -> Float[Array, "*row
 def pack_state(state: Float[Array, "*rows u v"], f: int) -> Float[Array, "*rows e v"]:
     """The inverse of `unpack_state`. The quadratic part must be symmetric, as every sum of x x^T is."""
     if state.shape[-2] != 1 + f + f * f:
-        raise ValueError(f"an unpacked state of f={f} has {1 + f + f * f} rows, not {state.shape[-2]}")
+        raise ValueError(
+            f"an unpacked state of f={f} has {1 + f + f * f} rows, not {state.shape[-2]}"
+        )
     left, right, weight = _pairs(f)
     square = state[..., 1 + f :, :].reshape(state.shape[:-2] + (f, f, state.shape[-1]))
-    quadratic = square[..., left, right, :] * jnp.asarray(weight * (2 * f) ** 0.5, state.dtype)[:, None]
+    quadratic = (
+        square[..., left, right, :] * jnp.asarray(weight * (2 * f) ** 0.5, state.dtype)[:, None]
+    )
     return jnp.concatenate([state[..., : 1 + f, :], quadratic], axis=-2)
 
 
 def _require_width(state: Float[Array, "*rows e v"], f: int) -> None:
     if state.shape[-2] != expanded_width(f):
-        raise ValueError(f"a packed state of f={f} has {expanded_width(f)} rows, not {state.shape[-2]}")
+        raise ValueError(
+            f"a packed state of f={f} has {expanded_width(f)} rows, not {state.shape[-2]}"
+        )

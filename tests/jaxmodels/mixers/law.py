@@ -121,7 +121,9 @@ def check_causality(subject: Subject) -> None:
         x = subject.x.copy()
         x[:, j] += 3.0
         moved, _ = subject.call(x, None, None)
-        close(moved[:, :j], base[:, :j], TOLERANCE[subject.dtype.name], f"token {j} moved the past ")
+        close(
+            moved[:, :j], base[:, :j], TOLERANCE[subject.dtype.name], f"token {j} moved the past "
+        )
         assert not np.allclose(moved[:, j], base[:, j], atol=1e-3), f"token {j} does not matter"
 
 
