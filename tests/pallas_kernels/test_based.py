@@ -103,13 +103,14 @@ def test_bfloat16_error_is_that_of_its_inputs(form):
     shape = TEST_SHAPES["paper"]
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in arguments(shape)]
     y, state = op.based(*narrow, implementation=form)
-    assert y.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    assert y.dtype == jnp.bfloat16
+    assert state.dtype == jnp.float32
     exact = [np.asarray(x, np.float64) for x in narrow]
     near(y, expected(*exact), 1e-2)  # 2^-8 for the rounded weights plus 2^-8 for the rounded output
 
 
-@pytest.mark.parametrize("form", ("quadratic", "chunked"))
-@pytest.mark.parametrize("name", ("odd", "grouped"))
+@pytest.mark.parametrize("form", ["quadratic", "chunked"])
+@pytest.mark.parametrize("name", ["odd", "grouped"])
 def test_gradients_and_final_state_agree_with_the_reference(name, form):
     shape = TEST_SHAPES[name]
     args, ids = arguments(shape), segments_of(shape, 3)
@@ -137,7 +138,7 @@ def test_gradients_and_final_state_agree_with_the_reference(name, form):
                 near(a, w, 1e-11)
 
 
-@pytest.mark.parametrize("form", ("quadratic", "chunked"))
+@pytest.mark.parametrize("form", ["quadratic", "chunked"])
 def test_reruns_are_bitwise_equal(form):
     args = arguments(TEST_SHAPES["paper"], dtype=np.float32)
     f = jax.jit(jax.grad(lambda *a: jnp.sum(op.based(*a, implementation=form)[0] ** 2), (0, 1, 2)))
@@ -212,7 +213,8 @@ def test_default_is_quadratic_for_short_and_chunked_for_long():
     def has_scan(args):
         return "scan" in str(jax.make_jaxpr(lambda *a: op.based(*a))(*args))
 
-    assert not has_scan(args) and has_scan(longer)
+    assert not has_scan(args)
+    assert has_scan(longer)
 
 
 @pytest.mark.parametrize(
