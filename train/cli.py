@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +41,13 @@ class Options:
     workdir: Path
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 1 (some runs of a suite failed), 2 (bad input), 130 (Ctrl-C)."""
-    argv = list(sys.argv if argv is None else argv)
-    return report_errors(lambda: _main(argv[1:]), debug="--debug" in argv or "-debug" in argv)
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line (default: sys.argv[1:]) and returns its exit code.
+
+    0, or 1 where some runs of a suite failed, 2 for input that cannot work, 130 for Ctrl-C.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    return report_errors(lambda: _main(args), debug="--debug" in args or "-debug" in args)
 
 
 def _main(args: list[str]) -> int:
@@ -140,7 +143,7 @@ def _current(config: Config, path: str) -> object:
         return None
 
 
-def report_errors(body, debug: bool) -> int:
+def report_errors(body: Callable[[], int], debug: bool) -> int:
     """Calls `body`; what the user can mend becomes one line on stderr and exit code 2.
 
     With `debug` the traceback comes before the line. Exceptions that are nobody's fault but ours pass through.
