@@ -46,10 +46,10 @@ demo: $(STAMP)
 	$(BIN)/python -m train --config mqar/demo --workdir runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --durations 15 --suite-limit $(SUITE_LIMIT) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15 --suite-limit $(SUITE_LIMIT) $(PYTEST_ARGS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --durations 25 -m '' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25 -m '' $(PYTEST_ARGS)
 
 gates: lint compile-gates compile-gates-oldest
 

@@ -5,6 +5,8 @@ the library is imported.
 """
 
 import os
+import pathlib
+import tempfile
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,12 +19,19 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 # Figures are drawn, never shown.
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import jax
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook(
-    ["jaxmodels", "pallas_kernels", "train", "eval"], "beartype.beartype"
-)
+# Compiled programs are kept between runs, which halves a rerun and changes no cold run (measured on the law tests). Only
+# here, not in the environment: the processes that tests start, and kill, must compile as a user's would. A half-written
+# entry costs a warning and a compilation.
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    CACHE = pathlib.Path(tempfile.gettempdir(), f"jaxmodels-test-programs-{os.getuid()}")
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+jaxtyping.install_import_hook(["jaxmodels", "pallas_kernels", "train", "eval"], "beartype.beartype")
 
 # area -> (test folders, minutes of the default suite on 2 cores); a file in none of them belongs to "rest"
 BUDGETS = {
@@ -51,11 +60,11 @@ def pytest_addoption(parser):
     )
 
 
+STARTED = pytest.StashKey[float]()
+
+
 def pytest_sessionstart(session):
     session.config.stash[STARTED] = time.monotonic()
-
-
-STARTED = pytest.StashKey[float]()
 
 
 def is_worker(config) -> bool:
@@ -81,9 +90,7 @@ def pytest_terminal_summary(terminalreporter, config):
     reports = [r for rs in terminalreporter.stats.values() for r in rs if hasattr(r, "duration")]
     if len(reports) < 50:  # a run of a few tests has no budget to speak of
         return
-    workers = len(getattr(config, "workerinput", None) or ()) or max(
-        1, config.getoption("numprocesses", None) or 1
-    )
+    workers = config.getoption("numprocesses", None) or 1
     terminalreporter.section("time per area (seconds of test / workers, against the budget)")
     for area, (_, minutes) in BUDGETS.items():
         mine = [r for r in reports if area_of(r.nodeid) == area]
@@ -95,4 +102,6 @@ def pytest_terminal_summary(terminalreporter, config):
         )
     excess = over_limit(config)
     if excess is not None:
-        terminalreporter.line(f"the suite took {excess:.0f} s more than --suite-limit allows", red=True)
+        terminalreporter.line(
+            f"the suite took {excess:.0f} s more than --suite-limit allows", red=True
+        )

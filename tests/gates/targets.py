@@ -1,0 +1,72 @@
+"""The compilers: TPU v5e through libtpu, H200 through the CUDA plugin, and jax.export for both. No device is needed."""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+from typing import Any
+
+import jax
+from jax import export
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from tests.gates.programs import Program
+
+HERE = pathlib.Path(__file__).parent
+
+
+def prepare_environment() -> None:
+    """To be called before jax compiles anything: run on the CPU, find ptxas, ask no metadata server."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or () if spec else ():
+        cuda = pathlib.Path(root, "cu13")
+        if cuda.is_dir():
+            flags = os.environ.get("XLA_FLAGS", "")
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_cuda_data_dir={cuda}".strip()
+            os.environ["PATH"] = f"{cuda / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+
+def tpu_devices() -> list[jax.Device]:
+    """Four v5e chips that are not there."""
+    return list(topologies.get_topology_desc("v5e:2x2", "tpu").devices)
+
+
+def cuda_devices() -> list[jax.Device]:
+    """One H200 that is not there, as h200.txtpb describes it."""
+    text = (HERE / "h200.txtpb").read_text()
+    return list(
+        topologies.get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=text).devices
+    )
+
+
+def hopper() -> Any:
+    """What Pallas' Mosaic GPU lowering looks at instead of a device; XLA programs do not need it."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def compile_for(program: Program, device: jax.Device) -> None:
+    """Machine code for `device`. Arguments that carry no sharding go to it whole."""
+    platform = "tpu" if device.platform == "tpu" else "cuda"
+    context = contextlib.nullcontext() if platform == "tpu" else hopper()
+    where = SingleDeviceSharding(device)
+
+    def place(x: Any) -> Any:
+        if getattr(x, "sharding", None) is not None:
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    arguments = jax.tree.map(place, program.arguments)
+    with context:
+        traced = jax.jit(program.function).trace(*arguments)
+        traced.lower(lowering_platforms=(platform,)).compile()
+
+
+def export_for_both(program: Program) -> None:
+    """One StableHLO module for TPU and CUDA: the lowering rules, and nothing behind them."""
+    module = export.export(jax.jit(program.function), platforms=("tpu", "cuda"))(*program.arguments)
+    assert module.platforms == ("tpu", "cuda")
