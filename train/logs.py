@@ -9,7 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from train.config_paths import Config, to_plain
 from train.errors import UserError
@@ -18,7 +18,8 @@ SHOWN = ("loss", "accuracy")  # metrics whose name ends so appear on the termina
 
 
 class RunLogger:
-    """Logs of one run. `log` writes numbers that stay; `progress` only moves the bar and may be called often.
+    """Logs of one run. `log` writes numbers that stay; `progress` only moves the bar and may be called often
+    (its "tokens_per_second" is the rate on the terminal).
 
     metrics.jsonl gets one JSON object per `log` call, `{"step": ..., name: value, ...}`, flushed at once. Floats are
     written so that they read back bit for bit; a value that is not finite is null, as JSON has no word for it. Nothing
@@ -28,7 +29,6 @@ class RunLogger:
       workdir: an existing directory that can be written to.
       config: the run config; reads config.log.
       total_steps: where the progress bar ends.
-      tokens_per_step: for the rate on the terminal; a "tokens_per_second" in the metrics wins over it.
       start_step: the step that was restored. Later TensorBoard events in the directory are hidden.
 
     Raises:
@@ -40,7 +40,6 @@ class RunLogger:
         workdir: str | Path,
         config: Config,
         total_steps: int,
-        tokens_per_step: float = 0.0,
         start_step: int = 0,
     ):
         workdir = Path(workdir)
@@ -49,7 +48,7 @@ class RunLogger:
         self._tensorboard = (
             _start_tensorboard(workdir, start_step) if config.log.tensorboard else None
         )
-        self._terminal = _terminal(config, total_steps, tokens_per_step, start_step)
+        self._terminal = _terminal(config, total_steps, start_step)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the metrics of `step` everywhere."""
@@ -81,7 +80,7 @@ class RunLogger:
         self._tensorboard = self._wandb = self._terminal = None
 
 
-def metrics_line(step: int, values: Mapping[str, float]) -> str:
+def metrics_line(step: int, values: Mapping[str, float | int]) -> str:
     """One line of metrics.jsonl."""
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return json.dumps({"step": int(step), **finite}) + "\n"
@@ -104,7 +103,7 @@ def read_metrics(workdir: str | Path) -> Iterator[dict[str, Any]]:
 class _Rate:
     """Steps per second over the last few seconds, so that compilation does not spoil the estimate for long."""
 
-    def __init__(self, step: int, seconds: float = 10.0):
+    def __init__(self, step: int, seconds: float | int = 10.0):
         self._seconds, self._marks = seconds, deque([(time.monotonic(), step)])
 
     def __call__(self, step: int) -> float:
@@ -119,20 +118,18 @@ class _Rate:
 class _Lines:
     """Plain lines, one per `log` call: for files, pipes and notebooks."""
 
-    def __init__(self, out: TextIO, total: int, tokens_per_step: float, start: int):
-        self._out, self._total, self._tokens, self._rate = out, total, tokens_per_step, _Rate(start)
+    def __init__(self, total: int, start: int):
+        self._total, self._rate, self._speed = total, _Rate(start), ""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
         rate = self._rate(step)
-        left = (
-            f"  {_clock((self._total - step) / rate)} left" if rate and step < self._total else ""
-        )
-        speed = _speed(values, rate * self._tokens)
-        text = "".join(f"  {part}" for part in (*_shown(values), *speed))
-        print(f"step {step}/{self._total}{text}{left}", file=self._out, flush=True)
+        speed = _speed(values) or self._speed
+        left = f"{_clock((self._total - step) / rate)} left" if rate and step < self._total else ""
+        parts = [f"step {step}/{self._total}", *_shown(values), speed, left]
+        print("  ".join(part for part in parts if part), flush=True)
 
     def progress(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
+        self._speed = _speed(values)
 
     def close(self) -> None:
         pass
@@ -141,7 +138,7 @@ class _Lines:
 class _Bar:
     """A rich progress bar with the time left, the rate, and the newest loss and accuracy."""
 
-    def __init__(self, total: int, tokens_per_step: float, start: int):
+    def __init__(self, total: int, start: int):
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -160,30 +157,25 @@ class _Bar:
         self._task = self._progress.add_task(
             "train", total=total, completed=start, text="compiling"
         )
-        self._tokens, self._rate = tokens_per_step, _Rate(start)
         self._newest: dict[str, Any] = {}
         self._progress.start()
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
         self.progress(step, values)
 
     def progress(self, step: int, values: Mapping[str, Any]) -> None:
         self._newest.update(values)
-        text = "  ".join((*_shown(self._newest), *_speed(values, self._rate(step) * self._tokens)))
+        text = "  ".join((*_shown(self._newest), _speed(self._newest)))
         self._progress.update(self._task, completed=step, text=text)
 
     def close(self) -> None:
         self._progress.stop()
 
 
-def _terminal(config: Config, total: int, tokens: float, start: int) -> _Bar | _Lines | None:
+def _terminal(config: Config, total: int, start: int) -> _Bar | _Lines | None:
     if not config.log.progress:
         return None
-    return (
-        _Bar(total, tokens, start)
-        if sys.stdout.isatty()
-        else _Lines(sys.stdout, total, tokens, start)
-    )
+    return (_Bar if sys.stdout.isatty() else _Lines)(total, start)
 
 
 def _shown(values: Mapping[str, Any]) -> list[str]:
@@ -194,15 +186,15 @@ def _shown(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _speed(values: Mapping[str, Any], tokens_per_second: float) -> list[str]:
-    rate = float(values.get("tokens_per_second", tokens_per_second))
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+def _speed(values: Mapping[str, Any]) -> str:
+    rate = float(values.get("tokens_per_second", 0.0))
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")):
         if rate >= limit:
-            return [f"{rate / limit:.3g}{unit} tokens/s"]
-    return [f"{rate:.3g} tokens/s"] if rate else []
+            return f"{rate / limit:.3g}{unit} tokens/s"
+    return ""
 
 
-def _clock(seconds: float) -> str:
+def _clock(seconds: float | int) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -9,7 +9,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.logs import read_metrics
 from train.points import Point, claim, detail_labels, display_name, mixer_of, read_json
@@ -27,24 +27,34 @@ PALETTE = tuple(colour for colour, _ in (*STYLES.values(), *OTHERS))
 GREY = "#5f6368"
 
 
+class Label(NamedTuple):
+    """A text to stand beside a point: the name of a mixer (large), or what sets the point apart from its siblings."""
+
+    x: int | float
+    y: int | float
+    text: str
+    colour: str
+    is_name: bool
+
+
 def recall_memory(points: Sequence[Point], path: str | Path, subtitle: str = "") -> Path:
     """Recall (accuracy) against state bytes per sequence, log x. The title is the claim that the points support."""
     figure, axes = _canvas((7.2, 4.6))
     details = detail_labels(points)
     axes.set_xscale("log")
-    texts: list[tuple[float, float, str, str, bool]] = []
+    texts: list[Label] = []
     for mixer, (colour, marker) in _styles(points).items():
         mine = sorted((p for p in points if p.mixer == mixer), key=lambda p: p.state_bytes)
         xs, ys = [p.state_bytes for p in mine], [p.accuracy for p in mine]
         axes.plot(xs, ys, color=colour, lw=1.6, alpha=0.55, zorder=2)
         axes.scatter(xs, ys, color=colour, marker=marker, s=52, zorder=3, edgecolor="white", lw=0.8)
         named = max(mine, key=lambda p: (p.accuracy, -p.state_bytes))
+        texts.append(Label(named.state_bytes, named.accuracy, display_name(mixer), colour, True))
         texts += [
-            (p.state_bytes, p.accuracy, details[p.name], colour, False)
+            Label(p.state_bytes, p.accuracy, details[p.name], colour, False)
             for p in mine
             if details[p.name]
         ]
-        texts.append((named.state_bytes, named.accuracy, display_name(mixer), colour, True))
     low, high = min(p.state_bytes for p in points), max(p.state_bytes for p in points)
     axes.set_xlim(low / 1.9, high * 2.6)
     axes.set_ylim(-0.03, 1.09)
@@ -52,7 +62,7 @@ def recall_memory(points: Sequence[Point], path: str | Path, subtitle: str = "")
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
     axes.set_xlabel("state per sequence while decoding")
     _title(axes, claim(points), _join("recall accuracy", subtitle))
-    _place_labels(axes, sorted(texts, key=lambda t: not t[4]))
+    _place_labels(axes, sorted(texts, key=lambda t: not t.is_name))
     return _save(figure, Path(path))
 
 
@@ -126,10 +136,10 @@ def _byte_ticks(axes: Any) -> None:
         ticks = [x for x in ticks if str(x).startswith("1")]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bytes_text(x)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bytes_text(float(x))))
 
 
-def bytes_text(count: float) -> str:
+def bytes_text(count: float | int) -> str:
     """5000 -> "5 kB" (a kilobyte is 1000 bytes)."""
     for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= size:
@@ -137,7 +147,7 @@ def bytes_text(count: float) -> str:
     return f"{count:.3g} B"
 
 
-def _place_labels(axes: Any, texts: Sequence[tuple[float, float, str, str, bool]]) -> None:
+def _place_labels(axes: Any, texts: Sequence[Label]) -> None:
     """Puts each label beside its point, where it covers least: no marker, no line and no other label if possible."""
     figure = axes.figure
     figure.draw_without_rendering()  # settles the layout, so that boxes in pixels mean something
@@ -175,7 +185,7 @@ def _place_labels(axes: Any, texts: Sequence[tuple[float, float, str, str, bool]
             taken.append(best[1])
 
 
-def _boxes_along(axes: Any, line: Any, unit: float) -> list[Any]:
+def _boxes_along(axes: Any, line: Any, unit: float | int) -> list[Any]:
     """What a curve covers, in pixels: a box per marker and small boxes along its segments."""
     from matplotlib.transforms import Bbox
 
@@ -210,9 +220,9 @@ _PLACES: tuple[tuple[float, float, str, str], ...] = (
 
 def _curves(
     runs: dict[str, list[dict[str, Any]]], ending: str
-) -> dict[str, tuple[list[int], list[float]]]:
+) -> dict[str, tuple[list[int], list[Any]]]:
     """name -> (steps, values) of each run's metrics with that last word; train and eval are told apart in the name."""
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+    curves: dict[str, tuple[list[int], list[Any]]] = {}
     for run, records in runs.items():
         keys = dict.fromkeys(key for record in records for key in record)
         keys = [key for key in keys if key.split("/")[-1] == ending]
@@ -233,7 +243,7 @@ def _run_colour(run: Path) -> str | None:
     return style and style[0]
 
 
-def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+def _label_ends(axes: Any, ends: Sequence[tuple[float | int, str, str]]) -> None:
     """Names at the right end of their curves, moved apart where they would cover each other."""
     low, high = axes.get_ylim()
     gap = (high - low) * 0.055

@@ -25,8 +25,8 @@ class Point:
 
     name: str
     mixer: str
-    state_bytes: float
-    accuracy: float
+    state_bytes: int | float
+    accuracy: int | float
     detail: dict[str, Any] = field(default_factory=dict)
 
 

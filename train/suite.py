@@ -1,7 +1,6 @@
 """Several runs with one command: each trains in WORKDIR/<name>, then a table and a picture compare them."""
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from train.config_paths import Config
 from train.errors import UserError
 from train.plots import learning_curves, recall_memory
 from train.points import accuracy_of, display_name, mixer_of, read_points
+from train.run_directory import write_atomically
 
 
 def run_suite(config: Config, workdir: str | Path) -> int:
@@ -38,7 +38,7 @@ def run_suite(config: Config, workdir: str | Path) -> int:
     for i, (name, run_config) in enumerate(runs, 1):
         print(f"[{i}/{len(runs)}] {name}", flush=True)
         results[name] = train_one(run_config, workdir / name)
-        write_json(workdir / "summary.json", {"runs": results})
+        write_atomically(workdir / "summary.json", json.dumps({"runs": results}, indent=1) + "\n")
     print_table(runs, results)
     for path in draw(config, runs, workdir, results):
         print(path)
@@ -117,13 +117,3 @@ def describe(config: Config) -> str:
     sizes = ", ".join(f"{s['length']} tokens {s['num_kv_pairs']} pairs" for s in test[:3])
     more = ", ..." if len(test) > 3 else ""
     return f"{config.task.upper()}: {sizes}{more}; vocabulary {config.model.vocab_size}"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes the file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
