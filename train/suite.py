@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.config import expand_runs
-from train.config_paths import Config
+from train.config_paths import Config, to_plain
 from train.errors import UserError
 from train.plots import learning_curves, recall_memory
 from train.points import accuracy_of, display_name, mixer_of, read_points
@@ -74,7 +74,7 @@ def print_table(runs: list[tuple[str, Config]], results: Mapping[str, Mapping[st
     for title in ("parameters", "state", "state (papers)", "accuracy", "seconds"):
         table.add_column(title, justify="right")
     for name, config in runs:
-        result, mixer = results[name], display_name(mixer_of(config.model))
+        result, mixer = results[name], display_name(mixer_of(to_plain(config.model)))
         if "reason" in result:
             table.add_row(name, mixer, "failed: see below", style="red")
             continue
