@@ -1,0 +1,81 @@
+"""docs/mixers.md: its example obeys the law, and following the page word by word works."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from jaxmodels.mixers.registry import MIXERS
+from tests.jaxmodels.mixers.law import CHECKS, Subject, with_x64
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "mixers.md").read_text()
+
+
+def block_after(heading: str) -> str:
+    """The first fenced block after a bold heading of the page."""
+    _, _, rest = PAGE.partition(f"**{heading}")
+    return re.search(r"```\w+\n(.*?)```", rest, re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Subject:
+    path = tmp_path_factory.mktemp("page") / "moving_average.py"
+    path.write_text(block_after("1. The file"))
+    spec = importlib.util.spec_from_file_location("moving_average", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with_subject = with_x64(lambda: Subject(lambda **kw: module.MovingAverage(d_model=8, **kw)))
+    return with_subject()
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@with_x64
+def test_the_example_obeys_the_law(subject, check):
+    CHECKS[check](subject)
+
+
+def test_the_table_names_every_mixer():
+    rows = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
+    assert rows == list(MIXERS)
+
+
+@pytest.mark.slow
+def test_following_the_page_word_by_word(tmp_path):
+    """In a copy of the repository: the file, the line, the law's command and the training command."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in ("jaxmodels", "pallas_kernels", "train", "eval", "configs", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "jaxmodels/mixers/moving_average.py").write_text(block_after("1. The file"))
+
+    line_import, line_entry = block_after("2. The line").strip().split("\n\n")
+    registry = tmp_path / "jaxmodels/mixers/registry.py"
+    text = registry.read_text()
+    text = text.replace(
+        "from jaxmodels.mixers.based", f"{line_import}\nfrom jaxmodels.mixers.based", 1
+    )
+    text = text.replace("\n}", f"\n{line_entry}\n}}", 1)
+    registry.write_text(text)
+
+    def follow(heading: str, also: str = "") -> str:
+        command = block_after(heading).strip().replace(".venv/bin/python", sys.executable) + also
+        result = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        return result.stdout
+
+    assert int(re.search(r"(\d+) passed", follow("3. The law"))[1]) > len(CHECKS)
+    follow("4. A run", " --config.steps=4 --config.batch_size=8 --config.model.vocab_size=128")
+    assert (tmp_path / "runs/moving_average/summary.json").is_file()
