@@ -1,0 +1,71 @@
+"""The public op; its docstring is the maths that every implementation is tested against."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import chunked, decode, quadratic, reference
+from pallas_kernels.attention.inputs import Inputs, check_name, prepare, zero_padded
+from pallas_kernels.attention.rows import Rule, fold, unfold
+
+IMPLEMENTATIONS = ("reference", "quadratic", "chunked", "decode")
+QUADRATIC_UP_TO = 128
+
+
+def attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g v"],
+    *,
+    q_segment_ids: Int[Array, "b t"] | None = None,
+    k_segment_ids: Int[Array, "b s"] | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "b t h v"]:
+    """Causal softmax attention, y_i = sum_j w_ij v_j / sum_j w_ij, w_ij = exp(scale q_i . k_j) over the visible keys j.
+
+    Query i is aligned with key i + s - t: the first s - t keys are history, earlier than every query. Key j is visible iff
+    j <= i + s - t and, where ids are given, both carry the same positive id. h query heads share g key and value heads, h
+    a multiple of g; query head i reads head i // (h / g). scale is 1 / sqrt(k) unless given. The softmax runs in float32
+    or wider, the result has q's dtype. (Vaswani et al., arXiv 1706.03762.)
+
+    q_segment_ids, k_segment_ids: both or neither. Id 0 is padding: such keys are never seen, such queries give 0, and
+    whatever their slots hold (NaN included) reaches neither outputs nor gradients. A query that sees no key gives 0.
+    dropout_rate, dropout_key: weights are dropped after normalisation and the rest scaled by 1 / (1 - rate). The same key
+    drops the same weights in every implementation.
+    implementation: "quadratic" (t x s weights), "chunked" (linear memory), "decode" (t = 1 only), "reference", or None for
+    the fastest of the first three by length.
+
+    Raises ValueError for shapes that do not fit, a dropout rate outside [0, 1) or without a key, and an implementation
+    that does not exist or cannot run this.
+    """
+    check_name(implementation, IMPLEMENTATIONS)
+    inputs = prepare(q, k, v, q_segment_ids, k_segment_ids, scale, dropout_rate, dropout_key)
+    return run(inputs, dropout_rate, implementation)
+
+
+def run(inputs: Inputs, rate: float, implementation: str | None) -> Float[Array, "b t h v"]:
+    """The op on checked arguments."""
+    *arrays, scale = inputs
+    b, t = inputs.q.shape[:2]
+    if t == 0:
+        return jnp.zeros(inputs.q.shape[:3] + inputs.v.shape[3:], inputs.q.dtype)
+    implementation = implementation or fastest(t)
+    if implementation == "decode" and t != 1:
+        raise ValueError(f"implementation 'decode' takes one query per sequence, not {t}")
+    if implementation in ("reference", "decode"):
+        form = reference.attention if implementation == "reference" else decode.attention
+        out = form(*arrays, scale=scale, rate=rate)
+    else:
+        form = quadratic.attention if implementation == "quadratic" else chunked.attention
+        out = unfold(form(Rule(scale, rate), *fold(*arrays)), b)
+    return zero_padded(out, inputs.q_ids)
+
+
+def fastest(t: int) -> str:
+    """The implementation for t queries, as measured on two CPU cores (see chunked.py)."""
+    if t == 1:
+        return "decode"
+    return "quadratic" if t <= QUADRATIC_UP_TO else "chunked"

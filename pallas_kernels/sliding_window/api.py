@@ -1,0 +1,60 @@
+"""The public op; its docstring is the maths that every implementation is tested against."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import api as whole
+from pallas_kernels.attention import decode
+from pallas_kernels.attention.inputs import check_name, prepare, zero_padded
+from pallas_kernels.sliding_window import chunked, quadratic, reference
+
+FORMS = {
+    "reference": reference.attention,
+    "quadratic": quadratic.attention,
+    "chunked": chunked.attention,
+}
+IMPLEMENTATIONS = (*FORMS, "decode")
+QUADRATIC_UP_TO = 128
+
+
+def sliding_window(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g v"],
+    *,
+    window: int,
+    q_segment_ids: Int[Array, "b t"] | None = None,
+    k_segment_ids: Int[Array, "b s"] | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "b t h v"]:
+    """Softmax attention to `window` keys, the query's own included: `attention` with j > i + s - t - window as well.
+
+    window = 1 is the value itself. The window counts slots, also those of other segments; everything else is as in
+    `pallas_kernels.attention`. (Longformer, arXiv 2004.05150, one-sided.)
+
+    implementation: "chunked" (the band only, O(t window) time and memory), "quadratic" (t x s weights), "decode" (t = 1
+    only), "reference", or None for the fastest of the first three by length.
+
+    Raises ValueError for a window below 1, and as `attention` does.
+    """
+    check_name(implementation, IMPLEMENTATIONS)
+    if window < 1:
+        raise ValueError(f"window counts keys, the query's own included: at least 1, not {window}")
+    inputs = prepare(q, k, v, q_segment_ids, k_segment_ids, scale, dropout_rate, dropout_key)
+    t, s = q.shape[1], k.shape[1]
+    if t == 0 or (implementation is None and window >= s):
+        return whole.run(inputs, dropout_rate, None)
+    if implementation is None:
+        short = s <= QUADRATIC_UP_TO
+        implementation = "decode" if t == 1 else "quadratic" if short else "chunked"
+    if implementation == "decode":
+        if t != 1:
+            raise ValueError(f"implementation 'decode' takes one query per sequence, not {t}")
+        *arrays, scale = inputs.last_keys(window)
+        out = decode.attention(*arrays, scale=scale, rate=dropout_rate)
+    else:
+        out = FORMS[implementation](inputs, dropout_rate, window)
+    return zero_padded(out, q_segment_ids)
