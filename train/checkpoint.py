@@ -196,6 +196,8 @@ def _read(workdir: str | Path, step: int, abstract: Any) -> Restored | str:
         meta = json.loads((folder / "meta" / "metadata").read_text())
         with ocp.PyTreeCheckpointer() as reader:
             saved = _saved_leaves(reader, folder / "state")
+            if not any(name.startswith("params/") for name in saved):
+                return "its list of arrays cannot be read"
             if abstract is None:
                 abstract = {"params": _unflatten_params(saved)}
             check_fits(saved, abstract, folder)
@@ -264,7 +266,7 @@ def _best_first(workdir: str | Path, candidates: list[int]) -> list[int]:
                 (Path(workdir) / FOLDER / str(step) / "meta" / "metadata").read_text()
             )
             if meta["evaluated_step"] == step:
-                metric, mode = meta["best"]
+                metric, mode = meta["metric"]
                 scores[step] = meta["evaluation"][metric] * (-1 if mode == "min" else 1)
     ranked = sorted(scores, key=lambda step: (scores[step], step), reverse=True)
     return ranked + [step for step in candidates if step not in scores]
@@ -283,11 +285,20 @@ def _raise_if_damaged(workdir: str | Path, damaged: Mapping[int, str]) -> None:
 
 
 def _file_sums(folder: Path) -> dict[str, list[int]]:
+    """name -> [size, CRC-32], but for Orbax's own notes about the directory, which it may still touch."""
     return {
-        str(path.relative_to(folder)): [path.stat().st_size, zlib.crc32(path.read_bytes())]
+        str(path.relative_to(folder)): _sum(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (FILES, "_CHECKPOINT_METADATA")
     }
+
+
+def _sum(path: Path) -> list[int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
 
 
 def _damage(folder: Path) -> str | None:
@@ -342,13 +353,13 @@ def disk_errors(where: str | Path) -> Iterator[None]:
 
 
 def _errno(error: BaseException | None) -> int | None:
-    """The errno of an OSError, of what caused the error, or of TensorStore's text."""
+    """The errno of an OSError, or of TensorStore's text, of the error or of what caused it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
         if match := re.search(r"os_error_code='(\d+)'", str(error)):
             return int(match[1])
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return None
 
 

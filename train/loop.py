@@ -121,8 +121,12 @@ def build_model(config: ConfigDict) -> nn.Module:
 
 
 def summarise(session: Session, state: TrainState) -> dict[str, Any]:
-    """What summary.json holds: the result, its cost, and what it was made with."""
-    length = session.task.sample_tokens[1]
+    """What summary.json holds: the result, its cost, and what it was made with.
+
+    The state's bytes are those at the longest test sequence, as the papers count them.
+    """
+    lengths = [s["length"] for s in session.config.data.get("test", ()) if "length" in s]
+    length = max(lengths, default=session.task.sample_tokens[1])
     wall, training = session.wall_seconds, session.training_seconds
     return {
         "metrics": session.train_metrics | session.evaluation,

@@ -24,6 +24,7 @@ from train.sharding import path_name
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Mask = Callable[[Any], Any]
+_PER_TOKEN = r"(^|/)(\w*embed\w*|lm_head)(/|$)"  # parameters with a row or a column per token
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -93,27 +94,21 @@ def _muon(c: ConfigDict, mask: Mask) -> optax.GradientTransformation:
     Embeddings and heads are matrices too, but their rows are tokens: they go to AdamW, as its author has it. Updates are
     scaled by .2 sqrt(max(m, n)) so that one learning rate serves both parts (arXiv 2502.16982).
     """
-    decay_rest = c.weight_decay if mask is decay_all else 0.0
+    matrices = optax.contrib.muon(
+        1.0,
+        beta=c.momentum,
+        weight_decay=c.weight_decay,  # both masks decay these
+        consistent_rms=0.2,
+    )
 
-    def dimensions(params: Any) -> Any:
-        matrix = optax.contrib.MuonDimensionNumbers()
+    def labels(params: Any) -> Any:
         return jax.tree.map(
-            lambda wanted, p: matrix if wanted and p.ndim == 2 else None,
+            lambda inner, p: "muon" if inner and p.ndim == 2 else "adamw",
             decay_matrices(params),
             params,
         )
 
-    return optax.contrib.muon(
-        1.0,
-        beta=c.momentum,
-        weight_decay=c.weight_decay,
-        weight_decay_mask=mask,
-        adam_b1=c.b1,
-        adam_b2=c.b2,
-        adam_weight_decay=decay_rest,
-        muon_weight_dimension_numbers=dimensions,
-        consistent_rms=0.2,
-    )
+    return optax.partition({"muon": matrices, "adamw": _adamw(c, mask)}, labels)
 
 
 OPTIMIZERS: Mapping[str, Callable[[ConfigDict, Mask], optax.GradientTransformation]] = {
@@ -135,7 +130,7 @@ def decay_all(params: Any) -> Any:
 def decay_matrices(params: Any) -> Any:
     """Arrays of two or more dimensions that are neither embeddings nor heads."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, p: p.ndim >= 2 and not re.search(r"embed|head", path_name(path)), params
+        lambda path, p: p.ndim >= 2 and not re.search(_PER_TOKEN, path_name(path)), params
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from train.errors import UserError
@@ -86,7 +86,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def partition_spec(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def partition_spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """RULES applied to one array. A dimension that its axis does not divide evenly is replicated."""
     for pattern, axes in RULES:
         if re.search(rf"(^|/)({pattern})$", name) and len(shape) >= len(axes):

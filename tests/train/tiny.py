@@ -23,11 +23,10 @@ VOCAB, WIDTH, LENGTHS, PERIOD = 16, 8, (4, 6), 6
 
 
 class TinyModel(nn.Module):
-    """Embedding, one gated layer, tied head, with the interface that the loop knows of a language model."""
+    """Embedding, one layer, tied head."""
 
     d_model: int = WIDTH
     dropout: float = 0.0
-    num_layers: int = 0  # no mixer: the papers' state size is 0
 
     @nn.compact
     def __call__(self, tokens):
@@ -37,10 +36,6 @@ class TinyModel(nn.Module):
         y = nn.silu(nn.Dense(2 * self.d_model, name="in_proj")(x))
         x = nn.LayerNorm(name="norm")(x + nn.Dense(self.d_model, name="out_proj")(y))
         return embed.attend(x)
-
-    @nn.nowrap
-    def init_state(self, batch_size, max_len, dtype=jnp.float32):
-        return {"last": jnp.zeros((batch_size, self.d_model), dtype)}
 
 
 def tiny_config(**overrides) -> ConfigDict:
@@ -105,7 +100,7 @@ def tiny_loss(model, params, batch, key):
     targets = (5 * batch["tokens"] + 1) % VOCAB
     losses = -jnp.take_along_axis(nn.log_softmax(logits), targets[..., None], -1)[..., 0]
     weights, count = batch["weights"], batch["weights"].sum()
-    total = (losses * weights).sum() + batch["poison"].sum()
+    total = (losses * (weights + batch["poison"][:, None])).sum()
     right = ((logits.argmax(-1) == targets) * weights).sum()
     return total / count, {"loss": (total, count), "accuracy": (right, count)}
 
@@ -127,7 +122,13 @@ def train_tiny(config, workdir, **kwargs):
 
     from train import loop
 
-    with mock.patch.multiple(loop, build_model=tiny_model, build_task=tiny_task):
+    with mock.patch.multiple(
+        loop,
+        build_model=tiny_model,
+        build_task=tiny_task,
+        state_bytes=lambda model, length: 4 * model.d_model,
+        legacy_state_bytes=lambda model, length: 0,
+    ):
         return loop.run(config, workdir, **kwargs)
 
 
