@@ -27,8 +27,9 @@ def main(args: Sequence[str] | None = None) -> int:
 def _main(args: list[str]) -> int:
     if not args:
         raise UserError(f"a task is missing: {', '.join(tasks())}; see --help")
-    if args[0].startswith("-"):
+    if args[0] in ("-h", "--help"):
         make_parser(tasks()).parse_args(args)
+    if args[0].startswith("-"):
         raise UserError(f"name the task before its options: {', '.join(tasks())}")
     if args[0] not in module_names() or not is_task(args[0]):
         near = nearest(args[0], tasks())

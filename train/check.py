@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from train.config import base_config, expand_runs
-from train.config_paths import Config, get_key, nearest
+from train.config import base_config, expand_runs, from_plain
+from train.config_paths import Config, get_key, nearest, to_plain
 from train.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -126,9 +126,13 @@ def _check_mixer(path: str, mixer: Mapping[str, Any]) -> None:
 
 
 def _check_task(config: Config) -> None:
-    from train.tasks import TASKS
+    """The task's own checks. Data that is drawn ahead of time is not drawn here, which could take minutes."""
+    from train.tasks import TASKS, build_task
 
     if config.task not in TASKS:
         near = nearest(config.task, list(TASKS))
         hint = f"; did you mean {near}?" if near else ""
         raise UserError(f"config.task must be one of {', '.join(TASKS)}, got {config.task!r}{hint}")
+    probe = from_plain(to_plain(config))
+    probe.data.mode = "device"
+    build_task(probe)

@@ -57,12 +57,17 @@ def _main(args: list[str]) -> int:
     options = parse(args)
 
     from train.check import check
+    from train.sharding import make_mesh
 
     check(options.config)
     if options.config.runs:
         from train.suite import run_suite
 
         return run_suite(options.config, options.workdir)
+
+    make_mesh(
+        options.config
+    )  # before the directory is made, so that a wrong mesh leaves nothing behind
 
     from train.loop import run
 

@@ -46,7 +46,7 @@ def test_help(capsys, args):
     ("args", "message"),
     [
         ([], "a task is missing: "),
-        (["--checkpoint", "runs/a"], "unrecognized arguments: --checkpoint runs/a"),
+        (["--checkpoint", "runs/a"], "name the task before its options: "),
         (["mqra"], "no task 'mqra'; did you mean mqar?"),
         (["zzzzzz"], "no task 'zzzzzz'; tasks: "),
         (["__main__"], "no task '__main__'"),

@@ -173,7 +173,11 @@ def test_debug_shows_the_traceback(capsys):
         ),
         (
             "model.mixers[1].feature_dim=x",
-            "config.model.mixers[1].feature_dim must be like its default 16, got 'x'",
+            "config.model.mixers[1].feature_dim must be an integer, got 'x'",
+        ),
+        (
+            "model.mixers[1].num_heads=x",
+            "config.model.mixers[1].num_heads must be like its default 1, got 'x'",
         ),
         ("model.mixers[1].kernel_init=x", "is a function and cannot be set in a config"),
         ("model.mixers[1].num_heads=3", "config.model: "),
