@@ -28,14 +28,15 @@ from train.tasks.mqar_evaluation import make_evaluate
 from train.tasks.task import Batch, Metrics, Task
 
 FOREVER = 2**31 - 1  # steps of a program that never ends
-_SEGMENT_KEYS = (
-    "length",
-    "num_kv_pairs",
-    "num_examples",
-    "power_a",
-    "random_non_queries",
-    "num_passes",
-)
+# what a segment of a config may say, and what kind of value that is
+_SEGMENT_KEYS: dict[str, tuple[type, ...]] = {
+    "length": (int,),
+    "num_kv_pairs": (int,),
+    "num_examples": (int, type(None)),
+    "power_a": (int, float),
+    "random_non_queries": (bool,),
+    "num_passes": (int,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ def segments_of(config: ConfigDict) -> tuple[tuple[Segment, ...], tuple[Segment,
 
 
 def parse_segments(
-    where: str, listed: Sequence[Mapping[str, Any]], shared: Mapping[str, Any], seeds: Sequence[int]
+    where: str, listed: Sequence[Any], shared: Mapping[str, Any], seeds: Sequence[int]
 ) -> tuple[Segment, ...]:
     """Segments from the dicts of a config: `shared` fields, overridden by each dict's own, and a seed each.
 
@@ -196,11 +197,8 @@ def parse_segments(
             raise UserError(
                 f"{place} must be {{'length': ..., 'num_kv_pairs': ...}}, got {given!r}"
             )
-        for key in given:
-            if key not in _SEGMENT_KEYS:
-                near = difflib.get_close_matches(str(key), _SEGMENT_KEYS, 1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(_SEGMENT_KEYS)}"
-                raise UserError(f"{place} has no key {key!r}; {hint}")
+        for key, value in given.items():
+            _check_entry(place, key, value)
         for key in ("length", "num_kv_pairs"):
             if key not in given:
                 raise UserError(f"{place} needs {key}")
@@ -209,6 +207,17 @@ def parse_segments(
         except ValueError as error:
             raise UserError(f"{place}: {error}") from error
     return tuple(out)
+
+
+def _check_entry(place: str, key: Any, value: Any) -> None:
+    if key not in _SEGMENT_KEYS:
+        near = difflib.get_close_matches(str(key), _SEGMENT_KEYS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(_SEGMENT_KEYS)}"
+        raise UserError(f"{place} has no key {key!r}; {hint}")
+    kinds = _SEGMENT_KEYS[key]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise UserError(f"{place}.{key} must be {names}, got {value!r}")
 
 
 def _forbid_endless(where: str, segments: Sequence[Segment], why: str) -> None:

@@ -131,7 +131,7 @@ def _rows_over(params: Params, batch_size: int) -> NamedSharding | None:
 
 def _report(
     segments: Sequence[Segment],
-    sums: list[tuple[Float[np.ndarray, "batches"], Int[np.ndarray, "batches"]]],
+    sums: list[tuple[Float[np.ndarray, "_"], Int[np.ndarray, "_"]]],
     include_slices: bool,
 ) -> dict[str, float]:
     """Means over examples; sums of batches in float64 on the host."""
