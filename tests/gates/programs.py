@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmodels.mixers.registry import MIXERS
 from jaxmodels.models.language_model import build_language_model
@@ -14,11 +15,12 @@ WIDTH = 64
 
 
 class Program(NamedTuple):
-    """function(*arguments) is to be compiled; the arguments are shapes."""
+    """function(*arguments) is to be compiled; the arguments are shapes, or spread over a mesh where there is one."""
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    mesh: Mesh | None = None
 
 
 def mixer_programs() -> Iterator[Program]:
@@ -91,7 +93,8 @@ def train_step(devices: Sequence[jax.Device], **mesh: int) -> Program:
         config.model.mixers = [{"name": "base_conv", "kernel_size": -1}, {"name": "based"}]
         config.mesh.update(mesh)
     task = build_task(config)
-    training = make_training(config, build_model(config), task, make_mesh(config, devices))
+    devices_mesh = make_mesh(config, devices)
+    training = make_training(config, build_model(config), task, devices_mesh)
     program, _ = task.program_at(0)
     arguments = (training.abstract, task.inputs(0, 2), np.int32(2), np.bool_(False))
     call = training.call
@@ -99,4 +102,5 @@ def train_step(devices: Sequence[jax.Device], **mesh: int) -> Program:
     def step(*arguments):
         return call(*arguments, program=program)
 
-    return Program(f"training call on MQAR, {len(devices)} device(s)", step, arguments)
+    name = f"training call on MQAR, {len(devices)} device(s)"
+    return Program(name, step, arguments, devices_mesh)

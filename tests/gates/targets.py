@@ -1,6 +1,5 @@
 """The compilers: TPU v5e through libtpu, H200 through the CUDA plugin, and jax.export for both. No device is needed."""
 
-import contextlib
 import importlib.util
 import os
 import pathlib
@@ -9,7 +8,15 @@ from typing import Any
 import jax
 from jax import export
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+    use_abstract_mesh,
+)
 
 from tests.gates.programs import Program
 
@@ -43,27 +50,28 @@ def cuda_devices() -> list[jax.Device]:
     )
 
 
-def hopper() -> Any:
-    """What Pallas' Mosaic GPU lowering looks at instead of a device; XLA programs do not need it."""
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
-
-
 def compile_for(program: Program, device: jax.Device) -> None:
-    """Machine code for `device`. Arguments that carry no sharding go to it whole."""
+    """Machine code for `device`, or for all of the program's mesh. Arguments that carry no sharding go there whole."""
     platform = "tpu" if device.platform == "tpu" else "cuda"
-    context = contextlib.nullcontext() if platform == "tpu" else hopper()
-    where = SingleDeviceSharding(device)
+    mesh = program.mesh
+    where = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(device)
 
-    def place(x: Any) -> Any:
-        if getattr(x, "sharding", None) is not None:
-            return x
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or where
+        )
 
     arguments = jax.tree.map(place, program.arguments)
-    with context:
+    with use_abstract_mesh(mesh.abstract_mesh if mesh else lone_mesh(device)):
         traced = jax.jit(program.function).trace(*arguments)
         traced.lower(lowering_platforms=(platform,)).compile()
+
+
+def lone_mesh(device: jax.Device) -> AbstractMesh:
+    """What Pallas' lowering looks at to know the chip; programs of plain XLA do not need it."""
+    cores = getattr(device, "core_count", 1) if device.platform == "gpu" else 1
+    chip = AbstractDevice(device_kind=device.device_kind, num_cores=cores, platform=device.platform)
+    return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=chip)
 
 
 def export_for_both(program: Program) -> None:
