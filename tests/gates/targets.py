@@ -26,8 +26,14 @@ HERE = pathlib.Path(__file__).parent
 def prepare_environment() -> None:
     """To be called before jax compiles anything: run on the CPU, find ptxas, ask no metadata server."""
     jax.config.update("jax_platforms", "cpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    tpu = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
+    for name, value in tpu.items():
+        os.environ.setdefault(name, value)
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or () if spec else ():
         cuda = pathlib.Path(root, "cu13")
