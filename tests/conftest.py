@@ -19,6 +19,7 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 # Figures are drawn, never shown.
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -32,6 +33,10 @@ if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 jaxtyping.install_import_hook(["jaxmodels", "pallas_kernels", "train", "eval"], "beartype.beartype")
+
+# The same examples every time, and no limit per example: the first one compiles.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 # area -> (test folders, minutes of the default suite on 2 cores); a file in none of them belongs to "rest"
 BUDGETS = {

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,10 @@ def test_following_the_page_word_by_word(tmp_path):
     registry.write_text(text)
 
     def follow(heading: str, also: str = "") -> str:
-        command = block_after(heading).strip().replace(".venv/bin/python", sys.executable) + also
+        command = (
+            block_after(heading).strip().replace(".venv/bin/python", shlex.quote(sys.executable))
+            + also
+        )
         result = subprocess.run(
             command,
             shell=True,
