@@ -1,5 +1,7 @@
 """The chunked cross-entropy against the plain one in float64, values and gradients, whatever the chunks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,10 @@ def plain(params, rows, labels):
     return jnp.sum(jnp.where(labels >= 0, jax.nn.logsumexp(logits, 1) - own, 0))
 
 
-value = jax.jit(lambda *arrays: cross_entropy(head, *arrays))
+# chunk sizes are read when a function is traced, so they are static here
+@functools.partial(jax.jit, static_argnums=3)
+def value(params, rows, labels, sizes=None):
+    return cross_entropy(head, params, rows, labels)
 
 
 def scaled(function):
@@ -47,9 +52,7 @@ def scaled(function):
 def chunks(request, monkeypatch):
     monkeypatch.setattr(module, "_CPU_LEAST_ROWS", request.param)
     monkeypatch.setattr(module, "_CPU_CHUNK", 1)
-    value.clear_cache()  # a size of chunks is read when the function is traced
-    yield
-    value.clear_cache()
+    return request.param
 
 
 def test_value_and_gradients_are_the_plain_ones(chunks):
@@ -74,7 +77,7 @@ def test_correct_rows_and_the_value_without_a_gradient(chunks):
     best = np.argmax(np.asarray(head(params, rows)), 1)
     labels = np.array(labels)
     labels[1::4] = best[1::4]
-    total, correct = value(params, rows, jnp.asarray(labels))
+    total, correct = value(params, rows, jnp.asarray(labels), chunks)
     np.testing.assert_array_equal(correct, (labels == best) & (labels >= 0))
     assert correct.sum() >= len(labels[1::4])
     # float32: 16 terms of order 5

@@ -84,7 +84,7 @@ def test_segments_are_visited_in_order_and_wrap_round():
     indices = jax.jit(lambda step: [MIX.indices(i, step) for i in range(4)])
     for _epoch in range(3):
         for index, segment in enumerate(MIX.segments):
-            steps = math.ceil(segment.num_examples / 8)
+            steps = math.ceil((segment.num_examples or 0) / 8)
             for left in range(steps, 0, -1):
                 assert MIX.program_at(step) == (index, left)
                 want = (taken[index] * 8 + np.arange(8)) % segment.num_examples

@@ -56,7 +56,8 @@ def generate(segment: Segment, tick: Callable[[], None] = lambda: None) -> Draws
     Raises:
       ValueError: the segment is endless.
     """
-    if segment.num_examples is None:
+    count = segment.num_examples
+    if count is None:
         raise ValueError("zoology data is drawn ahead of time; give the segment a num_examples")
     stream = np.random.RandomState(segment.seed)
     # float64 and this order of operations, as in the original: the generator compares against sums of p
@@ -64,7 +65,7 @@ def generate(segment: Segment, tick: Callable[[], None] = lambda: None) -> Draws
     p = p / p.sum()
 
     def rows(size: int, p: np.ndarray | None) -> Int[np.ndarray, "n pairs"]:
-        out = np.empty((segment.num_examples, segment.num_kv_pairs), np.int32)
+        out = np.empty((count, segment.num_kv_pairs), np.int32)
         for i in range(len(out)):
             out[i] = stream.choice(size, segment.num_kv_pairs, replace=False, p=p)
             if (i + 1) % 1000 == 0:

@@ -138,7 +138,7 @@ def _report(
     totals: dict[str, np.ndarray] = {}
     for segment, (loss, correct) in zip(segments, sums):
         per_example = np.array([np.sum(loss, dtype=np.float64), np.sum(correct, dtype=np.float64)])
-        row = np.append(per_example / segment.num_kv_pairs, segment.num_examples)
+        row = np.append(per_example / segment.num_kv_pairs, segment.num_examples or 0)
         names = ("", "/" + slice_name(segment)) if include_slices else ("",)
         for name in names:
             totals[name] = totals.get(name, 0) + row

@@ -1,7 +1,7 @@
 """What the training loop knows about an experiment: where its batches come from, its loss and its metrics."""
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from flax import linen as nn
@@ -10,7 +10,9 @@ from jaxtyping import PRNGKeyArray
 
 from jaxmodels.typing import Params
 
-Program: TypeAlias = Hashable  # what differs between compiled steps, e.g. the shape of the batch
+Program: TypeAlias = (
+    Any  # hashable: what differs between compiled steps, e.g. the shape of the batch
+)
 Batch: TypeAlias = Any  # a pytree of arrays, leading dimension batch_size
 Metrics: TypeAlias = dict[str, tuple[Array, Array]]  # name -> (sum, count); reported: sum / count
 
