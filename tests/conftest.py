@@ -24,12 +24,13 @@ import jax
 import jaxtyping
 import pytest
 
-# Compiled programs are kept between runs, which halves a rerun and changes no cold run (measured on the law tests). Only
-# here, not in the environment: the processes that tests start, and kill, must compile as a user's would. A half-written
-# entry costs a warning and a compilation.
+# Compiled programs are kept between runs, which halves a rerun and changes no cold run (measured on the law tests): by this
+# process in one folder, by the training runs that tests start, and kill, in another, away from the user's own. An entry
+# that a kill left half-written costs a warning and a compilation.
+CACHE = pathlib.Path(tempfile.gettempdir(), f"jaxmodels-test-cache-{os.getuid()}")
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    CACHE = pathlib.Path(tempfile.gettempdir(), f"jaxmodels-test-programs-{os.getuid()}")
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_compilation_cache_dir", str(CACHE / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 jaxtyping.install_import_hook(["jaxmodels", "pallas_kernels", "train", "eval"], "beartype.beartype")
