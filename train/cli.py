@@ -71,11 +71,13 @@ def _main(args: list[str]) -> int:
 
     from train.loop import run
 
-    run(options.config, options.workdir)
+    summary = run(options.config, options.workdir)
 
     from train.plots import learning_curves
+    from train.points import one_line
 
     learning_curves(options.workdir)
+    print(f"{options.workdir}: {one_line(summary)}")
     return 0
 
 

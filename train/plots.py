@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.logs import read_metrics
-from train.points import Point, claim, detail_labels, display_name, mixer_of, read_json
+from train.points import Point, claim, describe, detail_labels, display_name, mixer_of, read_json
 
 # mixer -> colour, marker. Mixers without an entry take OTHERS in turn.
 STYLES: dict[str, tuple[str, str]] = {
@@ -37,7 +37,7 @@ class Label(NamedTuple):
     is_name: bool
 
 
-def recall_memory(points: Sequence[Point], path: str | Path, subtitle: str = "") -> Path:
+def recall_memory(points: Sequence[Point], path: str | Path) -> Path:
     """Recall (accuracy) against state bytes per sequence, log x. The title is the claim that the points support."""
     figure, axes = _canvas((7.2, 4.6))
     details = detail_labels(points)
@@ -57,11 +57,11 @@ def recall_memory(points: Sequence[Point], path: str | Path, subtitle: str = "")
         ]
     low, high = min(p.state_bytes for p in points), max(p.state_bytes for p in points)
     axes.set_xlim(low / 1.9, high * 2.6)
-    axes.set_ylim(-0.03, 1.09)
+    axes.set_ylim(-0.06, 1.1)
     _byte_ticks(axes)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
     axes.set_xlabel("state per sequence while decoding")
-    _title(axes, claim(points), _join("recall accuracy", subtitle))
+    _title(axes, claim(points), _join("recall accuracy", describe(points)))
     _place_labels(axes, sorted(texts, key=lambda t: not t.is_name))
     return _save(figure, Path(path))
 
@@ -84,7 +84,7 @@ def learning_curves(workdir: str | Path, path: str | Path | None = None) -> Path
         ends = []
         for i, (name, (steps, values)) in enumerate(curves.items()):
             colour = colours.get(name) or PALETTE[i % len(PALETTE)]
-            axes.plot(steps, values, color=colour, lw=1.6)
+            axes.plot(steps, values, color=colour, lw=1.6, marker="o" if len(steps) == 1 else "")
             ends.append((values[-1], name, colour))
         if title == "accuracy":
             axes.set_ylim(-0.02, 1.05)
@@ -172,13 +172,17 @@ def _place_labels(axes: Any, texts: Sequence[Label]) -> None:
             )
             box = label.get_window_extent(renderer)
             outside = not (
-                frame.x0 <= box.x0 and box.x1 <= frame.x1 + 4 * unit and box.y1 <= frame.y1
+                frame.x0 <= box.x0
+                and box.x1 <= frame.x1 + 4 * unit
+                and frame.y0 <= box.y0
+                and box.y1 <= frame.y1
             )
-            cost = sum(box.overlaps(other) for other in taken) + 30 * outside + rank / 20
+            covered = sum(weight for other, weight in taken if box.overlaps(other))
+            cost = covered + 30 * outside + rank / 20
             if cost < best_cost:
                 if best is not None:
                     best[0].remove()
-                best, best_cost = (label, box.padded(unit)), cost
+                best, best_cost = (label, (box.padded(unit), 8)), cost
             else:
                 label.remove()
         if best is not None:
@@ -186,16 +190,16 @@ def _place_labels(axes: Any, texts: Sequence[Label]) -> None:
 
 
 def _boxes_along(axes: Any, line: Any, unit: float | int) -> list[Any]:
-    """What a curve covers, in pixels: a box per marker and small boxes along its segments."""
+    """What a curve covers, in pixels, and how bad it is to cover that: a box per marker, small boxes along the line."""
     from matplotlib.transforms import Bbox
 
     places = [tuple(xy) for xy in axes.transData.transform(line.get_xydata())]
-    boxes = [Bbox.from_extents(x, y, x, y).padded(4 * unit) for x, y in places]
+    boxes = [(Bbox.from_extents(x, y, x, y).padded(4 * unit), 4) for x, y in places]
     for (x0, y0), (x1, y1) in itertools.pairwise(places):
         steps = max(int(max(abs(x1 - x0), abs(y1 - y0)) / (5 * unit)), 1)
         for i in range(1, steps):
             x, y = x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps
-            boxes.append(Bbox.from_extents(x, y, x, y).padded(unit))
+            boxes.append((Bbox.from_extents(x, y, x, y).padded(unit), 0.5))
     return boxes
 
 
@@ -215,6 +219,8 @@ _PLACES: tuple[tuple[float, float, str, str], ...] = (
     (8, -13, "left", "top"),
     (-8, 13, "right", "bottom"),
     (-8, -13, "right", "top"),
+    (0, 31, "center", "bottom"),
+    (0, -31, "center", "top"),
 )
 
 
@@ -226,8 +232,11 @@ def _curves(
     for run, records in runs.items():
         keys = dict.fromkeys(key for record in records for key in record)
         keys = [key for key in keys if key.split("/")[-1] == ending]
-        if len(runs) > 1:  # one curve per run: the evaluation's where there is one
-            keys = sorted(keys, key=lambda key: not key.startswith("eval"))[:1]
+        if (
+            len(runs) > 1 and keys
+        ):  # one curve per run: the evaluation's where there is more than one
+            many = [key for key in keys if sum(key in record for record in records) > 1]
+            keys = sorted(many or keys, key=lambda key: not key.startswith("eval"))[:1]
         for key in keys:
             pairs = [(r["step"], r[key]) for r in records if r.get(key) is not None]
             if pairs:
@@ -246,10 +255,8 @@ def _run_colour(run: Path) -> str | None:
 def _label_ends(axes: Any, ends: Sequence[tuple[float | int, str, str]]) -> None:
     """Names at the right end of their curves, moved apart where they would cover each other."""
     low, high = axes.get_ylim()
-    gap = (high - low) * 0.055
-    at = float("-inf")
-    for value, name, colour in sorted(ends):
-        at = max(at + gap, value)
+    ends = sorted(ends)
+    for at, (_, name, colour) in zip(spread([e[0] for e in ends], (high - low) * 0.055, low), ends):
         axes.annotate(
             name,
             (1.01, at),
@@ -259,6 +266,22 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float | int, str, str]]) -> None
             color=colour,
             annotation_clip=False,
         )
+
+
+def spread(values: Sequence[float | int], gap: float | int, low: float | int) -> list[float]:
+    """The places closest to ascending `values` (least squares) that are at least `gap` apart and none below `low`.
+
+    With the gaps taken out, that is the closest ascending sequence: neighbours that are out of order share their mean.
+    """
+    groups: list[list[float]] = []  # [sum, count]
+    for i, value in enumerate(values):
+        groups.append([value - i * gap, 1.0])
+        while len(groups) > 1 and groups[-2][0] * groups[-1][1] >= groups[-1][0] * groups[-2][1]:
+            total, count = groups.pop()
+            groups[-1][0] += total
+            groups[-1][1] += count
+    means = [max(total / count, low) for total, count in groups for _ in range(round(count))]
+    return [mean + i * gap for i, mean in enumerate(means)]
 
 
 def _join(*parts: str) -> str:

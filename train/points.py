@@ -21,13 +21,18 @@ SHORT = {"feature_dim": "f", "window": "w", "kernel_size": "k", "num_heads": "h"
 
 @dataclass(frozen=True)
 class Point:
-    """One trained model. `detail` holds the fields by which models of one mixer may differ: {"f": 16, "d": 64}."""
+    """One trained model.
+
+    detail: the fields by which models of one mixer may differ, {"f": 16, "d": 64}.
+    config: the plain config it was trained with, from which a figure says what was measured.
+    """
 
     name: str
     mixer: str
     state_bytes: int | float
     accuracy: int | float
     detail: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_points(workdir: str | Path) -> list[Point]:
@@ -71,6 +76,7 @@ def read_point(run: Path) -> Point | None:
             for key, value in {**_last_mixer(model), "d_model": model["d_model"]}.items()
             if key != "name"
         },
+        config=config,
     )
 
 
@@ -84,6 +90,19 @@ def accuracy_of(summary: Mapping[str, Any]) -> float | None:
     metrics = summary.get("metrics", {})
     names = ["eval/accuracy", "accuracy", *(name for name in metrics if name.endswith("/accuracy"))]
     return next((float(metrics[name]) for name in names if metrics.get(name) is not None), None)
+
+
+def one_line(summary: Mapping[str, Any]) -> str:
+    """What a run came to: accuracy, steps, size, state, time."""
+    accuracy = accuracy_of(summary)
+    parts = [] if accuracy is None else [f"accuracy {accuracy:.4f}"]
+    parts += [
+        f"{summary['steps']} steps",
+        f"{summary['parameters']:,} parameters",
+        f"state {summary['state_bytes']:,} bytes",
+        f"{summary['wall_seconds']:.0f} s",
+    ]
+    return ", ".join(parts)
 
 
 def display_name(mixer: str) -> str:
@@ -101,6 +120,25 @@ def detail_labels(points: Sequence[Point]) -> dict[str, str]:
         ]
         labels[point.name] = " ".join(f"{key}={point.detail[key]}" for key in differing)
     return labels
+
+
+def describe(points: Sequence[Point]) -> str:
+    """What all points have in common: "MQAR, 64 tokens with 4 pairs, vocabulary 8192, width 64"."""
+    parts = [
+        (lambda c: c["task"].upper()),
+        (lambda c: _segments_text(c["data"]["test"])),
+        (lambda c: f"vocabulary {c['model']['vocab_size']}"),
+        (lambda c: f"width {c['model']['d_model']}"),
+    ]
+    if not all(point.config for point in points):
+        return ""
+    texts = [{part(point.config) for point in points} for part in parts]
+    return ", ".join(text for same in texts if len(same) == 1 for text in same)
+
+
+def _segments_text(segments: Sequence[Mapping[str, Any]]) -> str:
+    texts = [f"{s['length']} tokens with {s['num_kv_pairs']} pairs" for s in segments]
+    return " / ".join([*texts[:3], *(["..."] if len(texts) > 3 else [])])
 
 
 def claim(points: Sequence[Point]) -> str:

@@ -104,16 +104,6 @@ def draw(
     if config.plot == "recall_memory" and done:
         points = [point for point in read_points(workdir) if point.name in done]
         points.sort(key=lambda point: done.index(point.name))
-        paths.append(
-            recall_memory(points, workdir / "plots" / "recall_memory.png", describe(config))
-        )
+        paths.append(recall_memory(points, workdir / "plots" / "recall_memory.png"))
     curves = learning_curves(workdir)
     return [*paths, curves] if curves else paths
-
-
-def describe(config: Config) -> str:
-    """What the runs have in common, for a figure: "MQAR, 64 tokens, 4 pairs, vocabulary 8192, width 64"."""
-    test = config.data.test
-    sizes = ", ".join(f"{s['length']} tokens {s['num_kv_pairs']} pairs" for s in test[:3])
-    more = ", ..." if len(test) > 3 else ""
-    return f"{config.task.upper()}: {sizes}{more}; vocabulary {config.model.vocab_size}"

@@ -241,6 +241,9 @@ def test_train_resume_finish_and_refuse_another_config(capsys, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"metrics", "parameters", "state_bytes", "steps", "wall_seconds"} <= set(summary)
     assert (tmp_path / "plots" / "learning_curves.png").exists()
+    last = out.splitlines()[-1]
+    assert last.startswith(f"{tmp_path}: accuracy ")
+    assert f"4 steps, {summary['parameters']:,} parameters" in last
     before = {p: p.read_bytes() for p in tmp_path.glob("*.json*")}
 
     code, out, _ = command(capsys, *based)

@@ -1,21 +1,25 @@
 """Points of finished runs, the sentence they support, and the pictures."""
 
+import itertools
 import json
 
 import matplotlib.image
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from train.config import base_config, dumps
 from train.errors import UserError
 from train.logs import metrics_line
-from train.plots import STYLES, bytes_text, learning_curves, recall_memory
-from train.points import Point, claim, detail_labels, read_points
+from train.plots import STYLES, bytes_text, learning_curves, recall_memory, spread
+from train.points import Point, claim, describe, detail_labels, read_points
 
 
-def finished_run(folder, mixers, accuracy, **summary):
+def finished_run(folder, mixers, accuracy, d_model=64, **summary):
     folder.mkdir(parents=True, exist_ok=True)
     config = base_config()
+    config.model.d_model = d_model
     config.model.mixers = mixers
     (folder / "config.json").write_text(dumps(config))
     content = {
@@ -49,6 +53,16 @@ def test_the_mixer_is_that_of_the_last_layer(tmp_path):
     (point,) = read_points(tmp_path)
     assert point.mixer == "hyena"
     assert detail_labels([point]) == {point.name: ""}
+
+
+def test_a_figure_says_what_its_runs_have_in_common(tmp_path):
+    finished_run(tmp_path / "a", based(8), 0.8)
+    finished_run(tmp_path / "b", based(16), 0.8)
+    text = "MQAR, 64 tokens with 4 pairs, vocabulary 8192"
+    assert describe(read_points(tmp_path)) == f"{text}, width 64"
+    finished_run(tmp_path / "wide", based(16), 0.8, d_model=128)
+    assert describe(read_points(tmp_path)) == text
+    assert describe([Point("made up", "based", 1, 1.0)]) == ""
 
 
 @pytest.mark.parametrize(
@@ -106,7 +120,7 @@ def test_the_title_says_what_the_points_say(accuracies, sentence):
 
 def test_recall_memory_draws_whole_files(tmp_path):
     some = points(attention=[1.0], based=[0.2, 0.7, 1.0], unheard_of=[0.5])
-    path = recall_memory(some, tmp_path / "new" / "figure.png", subtitle="MQAR")
+    path = recall_memory(some, tmp_path / "new" / "figure.png")
     pixels = matplotlib.image.imread(path)[..., :3]
     assert pixels.shape[0] > 400
     assert pixels.shape[1] > 800
@@ -159,3 +173,17 @@ def test_learning_curves_of_a_run_and_of_a_suite(tmp_path):
 )
 def test_bytes_text(count, text):
     assert bytes_text(count) == text
+
+
+@given(st.lists(st.floats(0, 1), max_size=9))
+@settings(max_examples=50, deadline=None)
+def test_labels_are_spread_no_more_than_needed(values):
+    values = sorted(values)
+    places = spread(values, 0.1, -2)
+    assert len(places) == len(values)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(places))
+    if all(b - a > 0.1 for a, b in itertools.pairwise(values)):
+        assert places == pytest.approx(values)
+    if values:  # whatever moves up is balanced by what moves down
+        assert sum(places) == pytest.approx(sum(values), abs=1e-9)
+        assert spread(values, 0.1, 0)[0] >= 0

@@ -10,7 +10,7 @@ import pytest
 import train.loop
 from train.config import base_config, dumps
 from train.errors import UserError
-from train.suite import describe, run_suite
+from train.suite import run_suite
 
 
 def suite_config():
@@ -111,7 +111,3 @@ def test_runs_that_cannot_work_are_refused_before_any_is_trained(tmp_path, loop)
         run_suite(config, tmp_path / "s")
     assert loop.ran == []
     assert not (tmp_path / "s").exists()
-
-
-def test_the_figure_says_what_was_measured():
-    assert describe(suite_config()) == "MQAR: 64 tokens 4 pairs; vocabulary 8192"
