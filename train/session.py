@@ -43,7 +43,7 @@ class Session:
         self.evaluated_step = -1
         self.best: dict[str, Any] = {}
         self.train_metrics: dict[str, float] = {}
-        self.skipped = self.tokens = 0
+        self.skipped = self.tokens = self._tokens_read = 0
         self.earlier_seconds = self.earlier_training_seconds = 0.0
         self.other_seconds = 0.0  # compiling and evaluating
         self._started = self._saved = self._ready = time.monotonic()
@@ -56,7 +56,7 @@ class Session:
 
     def steps_per_call(self, program: Hashable) -> int:
         """config.steps_per_call, or fewer where a step is slow, and one for a program not yet seen."""
-        most = max(int(SECONDS_PER_CALL / max(self._pace.get(program, 2.0), 1e-9)), 1)
+        most = max(int(SECONDS_PER_CALL / max(self._pace.get(program, SECONDS_PER_CALL), 1e-9)), 1)
         return min(self.config.steps_per_call, most)
 
     @contextlib.contextmanager
@@ -85,14 +85,14 @@ class Session:
         step, count, program, device_report = self._queued.popleft()
         report = self.training.read(device_report)
         now = time.monotonic()
-        self._pace[program] = pace = (now - self._ready) / count
+        self._pace[program] = (now - self._ready) / count
         self._ready = now
         if report.bad_streak > self.config.max_bad_steps:
             self._give_up(state, report.bad_streak)
         self.skipped = report.skipped
-        self.logger.progress(
-            step, {"tokens_per_second": self.task.tokens_per_step(program) / max(pace, 1e-9)}
-        )
+        self._tokens_read += count * self.task.tokens_per_step(program)
+        here = self.training_seconds - self.earlier_training_seconds
+        self.logger.progress(step, {"tokens_per_second": self._tokens_read / max(here, 1e-9)})
         every = self.config.log.every_steps
         if (every and step % every == 0) or step == self.config.steps:
             self.train_metrics = {
@@ -160,8 +160,13 @@ class Session:
         c = self.config.checkpoint
         if self.evaluated_step == step or (c.every_steps and step % c.every_steps == 0):
             return True
-        late = c.every_seconds and time.monotonic() - self._saved >= c.every_seconds
-        return bool(late) and not self.checkpoints.busy
+        return self._is_late() and not self.checkpoints.busy
+
+    def _is_late(self) -> bool:
+        """Whether every_seconds will have passed when the calls that are queued are done, which `save` waits for."""
+        queued = sum(count * self._pace.get(program, 0.0) for _, count, program, _ in self._queued)
+        every = self.config.checkpoint.every_seconds
+        return bool(every) and time.monotonic() + queued - self._saved >= every
 
     def save(self, state: TrainState, step: int) -> None:
         """Log lines first, so that a checkpoint never knows more than metrics.jsonl."""
