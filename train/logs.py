@@ -148,7 +148,7 @@ class _Bar:
         )
 
         columns = (
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
@@ -165,7 +165,7 @@ class _Bar:
 
     def progress(self, step: int, values: Mapping[str, Any]) -> None:
         self._newest.update(values)
-        text = "  ".join((*_shown(self._newest), _speed(self._newest)))
+        text = "  ".join((*_newest(self._newest), _speed(self._newest)))
         self._progress.update(self._task, completed=step, text=text)
 
     def close(self) -> None:
@@ -184,6 +184,19 @@ def _shown(values: Mapping[str, Any]) -> list[str]:
         for name, value in values.items()
         if name.split("/")[-1] in SHOWN
     ]
+
+
+def _newest(values: Mapping[str, Any]) -> list[str]:
+    """One number for each of SHOWN, that of the evaluation where there is one but for the loss: a bar has little room."""
+    parts = []
+    for word in SHOWN:
+        names = [name for name in values if name.split("/")[-1] == word]
+        names.sort(key=lambda name: name.startswith("eval") == (word == "loss"))
+        parts += [
+            f"{name.replace('/', ' ').removeprefix('train ')} {float(values[name]):.3g}"
+            for name in names[:1]
+        ]
+    return parts
 
 
 def _speed(values: Mapping[str, Any]) -> str:
