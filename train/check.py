@@ -73,6 +73,9 @@ def _check_values(config: Config) -> None:
             raise UserError(
                 f"config.{path} must be at least {least:g}, got {get_key(config, path)}"
             )
+    seed = config.data.seed
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+        raise UserError(f"config.data.seed must be a number from 0 on or None, got {seed!r}")
     for path in FRACTIONS:
         if not 0 <= get_key(config, path) < 1:
             raise UserError(f"config.{path} must be in [0, 1), got {get_key(config, path)}")

@@ -14,7 +14,7 @@ from train.config_paths import Config, deep_copy, set_key, to_plain
 from train.errors import UserError
 
 # fmt: off
-# (path, default, meaning), a key per line. 0 or "" switches off whatever a key limits, so that every default has its key's type.
+# (path, default, meaning), a key per line. 0 or "" switches off whatever a key limits, so that a default has its key's type.
 KEYS: tuple[tuple[str, Any, str], ...] = (
     ("task", "mqar", "which task of train/tasks to train"),
     ("steps", 1000, "training steps (optimiser updates)"),
@@ -23,6 +23,7 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("learning_rate", 1e-3, "peak learning rate"),
     ("steps_per_call", 8, "steps in one compiled program; changes speed, never results"),
     ("max_bad_steps", 20, "consecutive steps with a non-finite gradient before the run ends with an error"),
+    ("compilation_cache", "", "directory of compiled programs; empty = the user's cache directory, off = none"),
     ("model.vocab_size", 8192, "vocabulary, which is also the head's width"),
     ("model.d_model", 64, "model width"),
     ("model.num_layers", 2, "layers; layer i uses mixers[i mod len(mixers)]"),
@@ -45,6 +46,8 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("data.random_non_queries", True, "fill the positions that hold nothing with random tokens rather than 0"),
     ("data.num_passes", 1, "how often the context is repeated before the queries"),
     ("data.test_batch_size", 256, "sequences per evaluation step"),
+    ("data.seed", None, "seed of the data; None = the run's seed, or in zoology mode 123, the original's"),
+    ("data.cache_dir", "", "where zoology mode keeps its draws; empty = the user's cache directory"),
     ("optimizer.name", "adamw", "adamw, sgd, lion or muon"),
     ("optimizer.schedule", "cosine", "cosine, wsd (warmup-stable-decay), cosine_per_epoch or constant"),
     ("optimizer.warmup_steps", 0, "linear warm-up from 0"),
@@ -79,10 +82,18 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("plot", "", "a suite's figure: recall_memory"),
 )
 # fmt: on
-MEANING = {path: meaning for path, _, meaning in KEYS}
 
 # A directory may be continued with other values of these keys: they change where and how a run happens, not its numbers.
-FREE_KEYS = ("mesh", "checkpoint", "log", "eval", "steps_per_call", "max_bad_steps")
+FREE_KEYS = (
+    "mesh",
+    "checkpoint",
+    "log",
+    "eval",
+    "steps_per_call",
+    "max_bad_steps",
+    "compilation_cache",
+    "data.cache_dir",
+)
 
 
 def base_config() -> Config:
@@ -122,8 +133,7 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     return [
         f"config.{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in {**new, **old}
-        if key.split(".")[0] not in FREE_KEYS
-        and _canonical(old.get(key)) != _canonical(new.get(key))
+        if not _is_free(key) and _canonical(old.get(key)) != _canonical(new.get(key))
     ]
 
 
@@ -159,6 +169,10 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _is_free(path: str) -> bool:
+    return any(path == key or path.startswith(f"{key}.") for key in FREE_KEYS)
 
 
 def _canonical(value: Any) -> str:

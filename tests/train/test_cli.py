@@ -198,6 +198,7 @@ def test_debug_shows_the_traceback(capsys):
         ("optimizer.warmup_steps=99999", "warmup_steps"),
         ("optimizer.accumulate=3", "accumulate"),
         ("data.mode=cloud", "config.data.mode must be one of device, zoology, got 'cloud'"),
+        ("data.seed=x", "config.data.seed must be a number from 0 on or None, got 'x'"),
         ("mesh.data=7", "mesh"),
         ("mesh.tensor=-1", "mesh"),
         ("data.train[0].num_kv_pairs=17", "4*kv > length"),

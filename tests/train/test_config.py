@@ -200,6 +200,7 @@ def test_where_and_how_a_run_happens_may_change():
     config.log.every_steps = 1
     config.checkpoint.keep_latest = 9
     config.steps_per_call = 1
+    config.data.cache_dir = "elsewhere"
     assert differences(to_plain(base_config()), config) == []
 
 
