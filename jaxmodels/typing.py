@@ -9,7 +9,8 @@ One letter per dimension, the same letter everywhere:
     n  Monarch block count        e  expanded feature width
 """
 
-from typing import Any, Mapping, TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from jax import Array
 from jaxtyping import Bool, Float, Int
