@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
@@ -127,18 +128,60 @@ print(json.dumps(result))
 """
 
 
-def test_eight_devices_give_the_losses_of_one_and_a_checkpoint_moves_to_another_mesh():
-    """4 steps on data=4, fsdp=2, then restored on data=2, fsdp=2, tensor=2 and 4 more, with two micro-batches each."""
+def on_eight_devices(script: str) -> Any:
+    """What a script prints as its last line, JSON, in a process that has eight CPU devices."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path()}
     done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_eight_devices_give_the_losses_of_one_and_a_checkpoint_moves_to_another_mesh():
+    """4 steps on data=4, fsdp=2, then restored on data=2, fsdp=2, tensor=2 and 4 more, with two micro-batches each."""
+    result = on_eight_devices(EIGHT_DEVICES)
     assert "fsdp" in result["kernel"]
     # float32 sums over the batch in another order: 1e-7 per step, grown a little by the optimiser over 8 steps
-    assert jnp.allclose(jnp.array(result["one"]), jnp.array(result["eight"]), rtol=2e-5), result
+    np.testing.assert_allclose(result["one"], result["eight"], rtol=2e-5)
+
+
+EVERY_MIXER = """
+import json
+import jax
+import numpy as np
+from jaxmodels.mixers.registry import MIXERS
+from tests.train.tiny import tiny_config
+from train.loop import build_model
+from train.sharding import make_mesh
+from train.step import make_training
+from train.tasks import build_task
+
+segment = ({"length": 16, "num_kv_pairs": 2, "num_examples": 1000},)
+keys = {"model.vocab_size": 64, "model.d_model": 16, "model.embed_dropout": 0.1, "model.channel": "swiglu",
+        "model.mixers": [{"name": name} for name in MIXERS], "model.num_layers": len(MIXERS),
+        "data.train": segment, "data.test": segment}
+
+def losses(count, **mesh):
+    config = tiny_config(**keys, **{f"mesh.{axis}": size for axis, size in mesh.items()})
+    devices = make_mesh(config, jax.devices()[:count])
+    run = make_training(config, build_model(config), build_task(config), devices)
+    state = run.init()
+    for _ in range(6):
+        state, report = run.call(state, {}, np.int32(1), np.True_, program=0)
+        yield run.read(report).means["loss"]
+
+print(json.dumps([list(losses(1)), list(losses(8, data=4, fsdp=2)), list(losses(8, data=2, fsdp=2, tensor=2))]))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_every_mixer_trains_the_same_on_eight_devices():
+    """Associative recall, with dropout: the random numbers do not depend on the mesh either."""
+    one, *eight = on_eight_devices(EVERY_MIXER)
+    for losses in eight:
+        np.testing.assert_allclose(losses, one, rtol=2e-5)
 
 
 def python_path() -> str:
