@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
     """
     check(args)
     out, progress = Console(markup=False), Console(stderr=True, markup=False)
+    if not out.is_terminal:
+        out = Console(markup=False, width=120)  # a file or a pipe has no width to fit
     with_steps, ops, lengths = plan(args)
     cases, peer = parse_cases(args) if with_steps else [], parse_peer(args)
     results: dict[str, Any] = {"machine": machine(), "train_step": [], "ops": []}

@@ -26,17 +26,19 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def step_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line per case and allocator; the peer's columns only where it was measured."""
+    """One line per case; the peer's columns, and which allocator, only where there is something to say."""
     several = f"{rows[0]['steps_per_call']} a call"
-    peer = ("zoology", "ratio", f"ratio, {several}", "processor time")
+    has_peer = any(row["ratio"] for row in rows)
+    has_choice = len({row["allocator"] for row in rows}) > 1
     table = _table(
         "Training step, milliseconds: median (quartiles)",
-        *("mixer", "length x batch", "allocator", "1 a call", several),
-        *(peer if any(row["ratio"] for row in rows) else ()),
+        *("mixer", "length x batch", *(["allocator"] * has_choice), "1 a call", several),
+        *(["zoology", "ratio", f"ratio, {several}", "ratio of processor time"] * has_peer),
     )
     for row in rows:
         times, ratio = row["times"], row["ratio"]
-        cells = [row["mixer"], f"{row['length']} x {row['batch']}", row["allocator"]]
+        cells = [row["mixer"], f"{row['length']} x {row['batch']}"]
+        cells += [row["allocator"]] * has_choice
         cells += [with_quartiles(times[side]["seconds"]) for side in ("single", "several")]
         if ratio:
             cells += [with_quartiles(times["peer"]["seconds"])]

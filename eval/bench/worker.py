@@ -66,13 +66,13 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            self._errors.seek(0)
-            last = [text for text in self._errors.read().splitlines() if text.strip()][-1:]
-            raise UserError(f"{self.name} ended with code {code}: {(last or ['no message'])[0]}")
-        return json.loads(line)
+        for line in self._process.stdout:
+            if line.startswith("{"):  # the rest is what imports like to print
+                return json.loads(line)
+        code = self._process.wait()
+        self._errors.seek(0)
+        last = [text for text in self._errors.read().splitlines() if text.strip()][-1:]
+        raise UserError(f"{self.name} ended with code {code}: {(last or ['no message'])[0]}")
 
     def close(self) -> None:
         """Ends the process: its input ends, and it is stopped if that is not enough."""
