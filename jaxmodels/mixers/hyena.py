@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -123,6 +124,8 @@ class Hyena(nn.Module):
         check_length(t, self.max_len, where)
         x = zero_padding(x, where)
         u = zero_padding(self._dense(3 * self.d_model, self.kernel_init, "in_proj")(x), where)
+        # Without the barrier XLA on a CPU forms the gradient of u three times over, once transposed: a third more time.
+        u = jax.lax.optimization_barrier(u)
         u, short = ShortConvolution(
             3 * self.d_model,
             self.short_kernel_size,
