@@ -15,6 +15,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -80,7 +81,7 @@ class Checkpoints:
         Raises:
           UserError: the disk is full (of this save or of the one before it).
         """
-        with disk_errors(self.folder):
+        with self._writing():
             self._manager.wait_until_finished()
             self.saved_step = step
             ranked = (
@@ -98,14 +99,24 @@ class Checkpoints:
     @property
     def busy(self) -> bool:
         """Whether a save is still being written. Raises UserError if it ran into a full disk."""
-        with disk_errors(self.folder):
+        with self._writing():
             self._manager.check_for_errors()
             return self._manager.is_saving_in_progress()
 
     def close(self) -> None:
         """Waits for the last save. Raises UserError if it ran into a full disk."""
-        with disk_errors(self.folder):
+        with self._writing():
             self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Gives back the space of a save that found too little."""
+        try:
+            with disk_errors(self.folder):
+                yield
+        except UserError:
+            remove_unfinished(self.folder)
+            raise
 
     def _sign(self) -> None:
         """Called by Orbax when all files of a save are written and the directory still has its temporary name."""
@@ -325,9 +336,14 @@ def _put_aside(workdir: str | Path, step: int) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What a killed process left half-written."""
-    for path in folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """What a killed process, or a save that failed, left half-written."""
+    for _ in range(20):  # other threads of a save that failed may still be writing
+        left = list(folder.glob("*.orbax-checkpoint-tmp*"))
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        if not left:
+            return
+        time.sleep(0.02)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

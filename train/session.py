@@ -157,10 +157,11 @@ class Session:
         """After an evaluation (it may be the best), at multiples of every_steps, and every_seconds after the last one."""
         if not self.checkpoints:
             return False
-        c = self.config.checkpoint
-        if self.evaluated_step == step or (c.every_steps and step % c.every_steps == 0):
+        busy = self.checkpoints.busy  # asked for every time, so that a full disk is known at once
+        every = self.config.checkpoint.every_steps
+        if self.evaluated_step == step or (every and step % every == 0):
             return True
-        return self._is_late() and not self.checkpoints.busy
+        return self._is_late() and not busy
 
     def _is_late(self) -> bool:
         """Whether every_seconds will have passed when the calls that are queued are done, which `save` waits for."""

@@ -7,6 +7,7 @@ evaluation, a checkpoint) runs through the same executable and gives the same bi
 stays on the device until somebody reads it.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple
@@ -109,7 +110,8 @@ def make_call(
     def train_call(
         state: TrainState, inputs: Any, count: Array, fresh: Array, *, program: Hashable
     ) -> tuple[TrainState, Float[Array, " report"]]:
-        state = state.replace(sums=jax.tree.map(lambda x: jnp.where(fresh, 0, x), state.sums))
+        sums = jax.tree.map(lambda x: jnp.where(fresh, 0, x), state.sums)
+        state = dataclasses.replace(state, sums=sums)
 
         def unfinished(carry):
             offset, state = carry

@@ -13,7 +13,7 @@ from train.optimizer import decay_matrices, make_optimizer, make_schedule, steps
 
 RATE, DECAY, STEPS = 0.05, 0.1, 5
 # Parameters near 1, moved by RATE a step. Float32 knows AdamW's 1 - b2^t = .001 to 6e-5, so a move to 3e-5 RATE = 2e-6.
-TOLERANCE = dict(rtol=1e-6, atol=4e-6)
+RTOL, ATOL = 1e-6, 4e-6
 
 
 def config_with(**optimizer) -> ConfigDict:
@@ -22,6 +22,11 @@ def config_with(**optimizer) -> ConfigDict:
         target = config if key in ("steps", "learning_rate", "batch_size") else config.optimizer
         target[key] = value
     return config
+
+
+def build(config):
+    make_optimizer(config)
+    make_schedule(config)
 
 
 def trajectory(config, params, gradients):
@@ -83,7 +88,7 @@ def test_formula(problem, name, formula, mask):
         decay = DECAY if mask == "all" or leaf == "kernel" else 0.0
         expected = formula(p, [g[leaf] for g in gradients], decay)
         for step, value in enumerate(expected):
-            np.testing.assert_allclose(actual[step][leaf], value, **TOLERANCE, err_msg=leaf)
+            np.testing.assert_allclose(actual[step][leaf], value, RTOL, ATOL, err_msg=leaf)
 
 
 def test_muon_orthogonalises_the_matrices_and_leaves_the_rest_to_adamw(problem):
@@ -190,7 +195,7 @@ def test_unknown_names_list_the_choices(key, value, choices):
     with pytest.raises(
         UserError, match=f"config.optimizer.{key}='{value}' is not one of {choices}"
     ):
-        make_optimizer(config), make_schedule(config)
+        build(config)
 
 
 @pytest.mark.parametrize(
@@ -206,4 +211,4 @@ def test_unknown_names_list_the_choices(key, value, choices):
 def test_numbers_out_of_range(settings, message):
     config = config_with(**settings)
     with pytest.raises(UserError, match=message):
-        make_optimizer(config), make_schedule(config)
+        build(config)
