@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.mixers import heads, segments
 from jaxmodels.typing import Dtype, Initializer, State
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import attend_to_cache, attention
 
 
 class Attention(nn.Module):
@@ -79,44 +80,50 @@ class Attention(nn.Module):
         return segments.zero_padding(heads.project_out(self, y), where), state
 
 
+# From this length on, a call on an empty cache (a prefill) is worth a program of its own, which does not read the cache.
+PREFILL = 128
+
+
 def _with_cache(q, k, v, state, where, options):
     """Attention to the cache and the new tokens, and the cache after them."""
-    after = {
-        "cursor": where.cursor,
-        "k": _store(state["k"], k, where),
-        "v": _store(state["v"], v, where),
-    }
+    after = {"cursor": where.cursor}
+    for name, new in (("k", k), ("v", v)):
+        cache = segments.write_tokens(state[name], new, where.positions, where.in_last_segment)
+        if where.segment_ids is not None:
+            cache = heads.forget(cache, state["cursor"], where.cursor)
+        after[name] = cache
+    if q.shape[1] == 1:
+        # The token is in the cache already: attending there copies nothing.
+        visible = jnp.arange(after["k"].shape[1]) <= where.history[:, None]
+        return attend_to_cache(q, after["k"], after["v"], visible, **options), after
+
     b, t = q.shape[:2]
-    slots = jnp.arange(state["k"].shape[1])
     ids = where.segment_ids
     if ids is None:
         ids = jnp.ones((b, t), jnp.int32)
-    if t == 1:
-        # The token is in the cache already: attending there copies nothing.
-        cached = (slots <= where.history[:, None]) & (ids > 0)
-        k, v, k_ids = after["k"], after["v"], jnp.where(cached, ids, 0)
-    else:
-        cached = slots < where.history[:, None]
-        k = jnp.concatenate([state["k"].astype(k.dtype), k], axis=1)
-        v = jnp.concatenate([state["v"].astype(v.dtype), v], axis=1)
+
+    def joined(q, k, v, cached_k, cached_v):
+        k, v = (
+            jnp.concatenate([cached.astype(new.dtype), new], axis=1)
+            for cached, new in ((cached_k, k), (cached_v, v))
+        )
+        cached = jnp.arange(cached_k.shape[1]) < where.history[:, None]
         k_ids = jnp.concatenate([jnp.where(cached, ids[:, :1], 0), ids], axis=1)
-    y = attention(q, k, v, q_segment_ids=ids, k_segment_ids=k_ids, **options)
-    return y, after
+        return attention(q, k, v, q_segment_ids=ids, k_segment_ids=k_ids, **options)
 
+    def alone(q, k, v, *_):
+        return attention(q, k, v, q_segment_ids=ids, k_segment_ids=ids, **options)
 
-def _store(cache, values, where):
-    """The cache with the tokens of the last segment in it, and nothing of an earlier one."""
-    cache = segments.write_tokens(cache, values, where.positions, where.in_last_segment)
-    if where.segment_ids is None:
-        return cache
-    used = jnp.arange(cache.shape[1]) < where.cursor["position"][:, None]
-    return jnp.where(used[..., None, None], cache, 0)
+    operands = (q, k, v, state["k"], state["v"])
+    if t < PREFILL:
+        return joined(*operands), after
+    return jax.lax.cond(jnp.any(where.history > 0), joined, alone, *operands), after
 
 
 def _check_room(where: segments.Layout, max_len: int) -> None:
     """ValueError when concrete positions pass the end of the cache."""
     position = where.cursor["position"]
-    if isinstance(position, jax.core.Tracer):
+    if isinstance(position, Tracer):
         return
     longest = int(np.max(np.asarray(position), initial=0))
     if longest > max_len:

@@ -22,6 +22,8 @@ class Based(nn.Module):
         num_kv_heads: key and value heads, a divisor of num_heads (default: num_heads).
         head_dim: value width per head (default: d_model / num_heads).
         epsilon: added to the normaliser; 1e-12 as published.
+        out_range: deviation of the initial out_proj, where it is not out_kernel_init's. Zoology rescales the output
+            projections of its mixers by 1/sqrt(2 layers), but not this one: its MQAR figures have 0.02 here.
         implementation: of `pallas_kernels.based`; None picks by length.
     """
 
@@ -31,6 +33,7 @@ class Based(nn.Module):
     num_kv_heads: int | None = None
     head_dim: int | None = None
     epsilon: float = 1e-12
+    out_range: float | None = None
     implementation: str | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -103,7 +106,9 @@ class Based(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=self.out_kernel_init,
+            kernel_init=self.out_kernel_init
+            if self.out_range is None
+            else nn.initializers.normal(self.out_range),
             name="out_proj",
         )(y.reshape(b, t, heads * width))
         return y, state and {"cursor": where.cursor, "sums": sums.astype(state["sums"].dtype)}

@@ -1,9 +1,11 @@
 """Queries, keys and values per head and the way back: what softmax attention and its sliding window share."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.mixers import segments
 from jaxmodels.mixers.rotary import rotate
 
 
@@ -61,3 +63,18 @@ def dropout_arguments(mixer: nn.Module) -> dict:
     if not mixer.dropout or not mixer.has_rng("dropout"):
         return {}
     return {"dropout_rate": mixer.dropout, "dropout_key": mixer.make_rng("dropout")}
+
+
+def forget(
+    cache: Float[Array, "b m g k"],
+    before: segments.Cursor,
+    after: segments.Cursor,
+) -> Float[Array, "b m g k"]:
+    """The cache without what earlier segments left in the slots that the current one has not reached.
+
+    A pass over the whole cache, so only when a row has changed its segment: a decoding step leaves it where it lies.
+    """
+    unused = jnp.arange(cache.shape[1]) >= after["position"][:, None]
+    changed = jnp.any(before["segment"] != after["segment"])
+    clear = lambda cache: jnp.where(unused[..., None, None], 0, cache)
+    return jax.lax.cond(changed, clear, lambda cache: cache, cache)

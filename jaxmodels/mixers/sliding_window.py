@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.mixers import heads, segments
 from jaxmodels.typing import Dtype, Initializer, State
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import attend_to_cache
 from pallas_kernels.sliding_window import sliding_window
 
 
@@ -82,45 +82,28 @@ class SlidingWindow(nn.Module):
 
 def _with_ring(q, k, v, state, where, options):
     """Attention to the ring and the new tokens, and the ring after them."""
-    after = {
-        "cursor": where.cursor,
-        "k": _store(state["k"], k, where),
-        "v": _store(state["v"], v, where),
-    }
-    b, t = q.shape[:2]
-    window = state["k"].shape[1]
+    window, position = state["k"].shape[1], where.cursor["position"][:, None]
+    last = where.in_last_segment & (where.positions >= position - window)
+    after = {"cursor": where.cursor}
+    for name, new in (("k", k), ("v", v)):
+        ring = segments.write_tokens(state[name], new, where.positions % window, last)
+        if where.segment_ids is not None:
+            ring = heads.forget(ring, state["cursor"], where.cursor)
+        after[name] = ring
+    if q.shape[1] == 1:
+        # The ring holds the token and all it sees, in some order, which softmax does not mind.
+        visible = jnp.arange(window) <= where.history[:, None]
+        return attend_to_cache(q, after["k"], after["v"], visible, **options), after
+
     ids = where.segment_ids
     if ids is None:
-        ids = jnp.ones((b, t), jnp.int32)
-    if t == 1:
-        # The ring holds the token and all it sees, in some order, which softmax does not mind.
-        filled = jnp.arange(window) < where.cursor["position"][:, None]
-        k_ids = jnp.where(filled, ids, 0)
-        y = attention(q, after["k"], after["v"], q_segment_ids=ids, k_segment_ids=k_ids, **options)
-        return y, after
-    back = jnp.arange(1 - window, 0)  # the new tokens see at most window - 1 old ones
-    at = where.history[:, None] + back
+        ids = jnp.ones(q.shape[:2], jnp.int32)
+    at = where.history[:, None] + jnp.arange(1 - window, 0)  # the oldest that a new token sees
     slots = (at % window)[..., None, None]
-
-    def joined(ring, new):
-        return jnp.concatenate([jnp.take_along_axis(ring, slots, axis=1).astype(new.dtype), new], 1)
-
-    k_ids = jnp.concatenate([jnp.where(at >= 0, ids[:, :1], 0), ids], axis=1)
-    y = sliding_window(
-        q,
-        joined(state["k"], k),
-        joined(state["v"], v),
-        window=window,
-        q_segment_ids=ids,
-        k_segment_ids=k_ids,
-        **options,
+    k, v = (
+        jnp.concatenate([jnp.take_along_axis(ring, slots, 1).astype(new.dtype), new], axis=1)
+        for ring, new in ((state["k"], k), (state["v"], v))
     )
+    k_ids = jnp.concatenate([jnp.where(at >= 0, ids[:, :1], 0), ids], axis=1)
+    y = sliding_window(q, k, v, window=window, q_segment_ids=ids, k_segment_ids=k_ids, **options)
     return y, after
-
-
-def _store(ring, values, where):
-    """The ring with the last tokens of the last segment in it, and nothing of an earlier one."""
-    window, position = ring.shape[1], where.cursor["position"][:, None]
-    keep = where.in_last_segment & (where.positions >= position - window)
-    ring = segments.write_tokens(ring, values, where.positions % window, keep)
-    return jnp.where((jnp.arange(window) < position)[..., None, None], ring, 0)

@@ -162,3 +162,11 @@ def test_more_tokens_than_learned_positions_is_an_error():
     model = build_language_model(**FIELDS, max_positions=4)
     with pytest.raises(ValueError, match="4 learned positions"):
         model.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
+
+
+def test_based_can_keep_the_output_range_of_zoologys_figures():
+    mixers = [{"name": "based", "feature_dim": 8, "out_range": 0.02}]
+    model = build_language_model(vocab_size=8, d_model=128, num_layers=2, mixers=mixers)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    kernel = params["layers_0"]["mixer"]["out_proj"]["kernel"]
+    assert abs(kernel.std() - 0.02) < 5 * 0.02 / np.sqrt(2 * kernel.size)
