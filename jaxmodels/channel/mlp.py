@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxmodels.dense import Dense
 from jaxmodels.typing import Dtype, Initializer
 
 
@@ -23,8 +24,8 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         width = round(self.multiplier * self.d_model)
-        hidden = nn.Dense(width, kernel_init=self.kernel_init, name="fc1", **common)(x)
-        out = nn.Dense(self.d_model, kernel_init=self.out_kernel_init, name="fc2", **common)
+        hidden = Dense(width, kernel_init=self.kernel_init, name="fc1", **common)(x)
+        out = Dense(self.d_model, kernel_init=self.out_kernel_init, name="fc2", **common)
         return out(nn.gelu(hidden, approximate=False))
 
 
@@ -42,9 +43,9 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         common = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
         width = round(self.multiplier * self.d_model)
-        up = nn.Dense(width, kernel_init=self.kernel_init, name="up", **common)(x)
-        gate = nn.Dense(width, kernel_init=self.kernel_init, name="gate", **common)(x)
-        out = nn.Dense(self.d_model, kernel_init=self.out_kernel_init, name="fc2", **common)
+        up = Dense(width, kernel_init=self.kernel_init, name="up", **common)(x)
+        gate = Dense(width, kernel_init=self.kernel_init, name="gate", **common)(x)
+        out = Dense(self.d_model, kernel_init=self.out_kernel_init, name="fc2", **common)
         return out(up * nn.silu(gate))
 
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.dense import Dense
 from jaxmodels.mixers.convolution import (
     ImplicitLongConvolution,
     LongConvolution,
@@ -78,7 +79,7 @@ class BaseConv(nn.Module):
             check_length(t, self.max_len, where)
         x = zero_padding(x, where)
         mixed, conv = self._convolution()(x, None if state is None else state["conv"], where)
-        gate = nn.Dense(
+        gate = Dense(
             self.d_model,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

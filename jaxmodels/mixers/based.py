@@ -5,6 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels.based as op
+from jaxmodels.dense import Dense
 from jaxmodels.mixers import segments
 from jaxmodels.typing import Dtype, Initializer, State
 
@@ -82,7 +83,7 @@ class Based(nn.Module):
         x = segments.zero_padding(x, where)
 
         def project(name, n, per_head):
-            dense = nn.Dense(
+            dense = Dense(
                 n * per_head,
                 use_bias=False,
                 dtype=self.dtype,
@@ -101,7 +102,7 @@ class Based(nn.Module):
             epsilon=self.epsilon,
             implementation=self.implementation,
         )
-        y = nn.Dense(
+        y = Dense(
             self.d_model,
             use_bias=False,
             dtype=self.dtype,

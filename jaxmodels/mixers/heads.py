@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.dense import Dense
 from jaxmodels.mixers import segments
 from jaxmodels.mixers.rotary import rotate
 
@@ -27,7 +28,7 @@ def project_qkv(
     heads, groups, width = head_shape(mixer)
 
     def project(name, parts, heads):
-        y = nn.Dense(
+        y = Dense(
             parts * heads * width,
             use_bias=mixer.use_bias,
             dtype=mixer.dtype,
@@ -49,7 +50,7 @@ def project_qkv(
 
 def project_out(mixer: nn.Module, y: Float[Array, "b t h k"]) -> Float[Array, "b t d"]:
     """Inside a compact call: `out_proj`, with its bias whatever use_bias says, as in zoology."""
-    return nn.Dense(
+    return Dense(
         mixer.d_model,
         dtype=mixer.dtype,
         param_dtype=mixer.param_dtype,

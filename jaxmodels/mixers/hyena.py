@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.dense import Dense
 from jaxmodels.mixers.convolution import (
     ShortConvolution,
     check_length,
@@ -48,7 +49,7 @@ class HyenaFilter(nn.Module):
             return jnp.asarray(filter_features(shape[0]), dtype)
 
         def dense(features, index, **kwargs):
-            return nn.Dense(
+            return Dense(
                 features,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
@@ -102,8 +103,8 @@ class Hyena(nn.Module):
         """Zoology's count: one input of width d per token."""
         return self.d_model * length
 
-    def _dense(self, features: int, kernel_init: Initializer, name: str) -> nn.Dense:
-        return nn.Dense(
+    def _dense(self, features: int, kernel_init: Initializer, name: str) -> Dense:
+        return Dense(
             features,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
