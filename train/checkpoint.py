@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -115,7 +116,9 @@ class Checkpoints:
             with disk_errors(self.folder):
                 yield
         except UserError:
-            remove_unfinished(self.folder)
+            for _ in range(5):  # other threads of that save may write a little longer
+                remove_unfinished(self.folder)
+                time.sleep(0.1)
             raise
 
     def _sign(self) -> None:
@@ -169,7 +172,6 @@ def load_params(
     Raises:
       UserError: no checkpoint, none that is whole, no such step, another architecture.
     """
-    quieten()
     candidates = list(reversed(steps(workdir)))
     if not candidates:
         raise UserError(
@@ -200,6 +202,7 @@ def load_params(
 
 def _read(workdir: str | Path, step: int, abstract: Any) -> Restored | str:
     """One checkpoint, or why it cannot be read. `abstract` None or a dict takes only the parameters."""
+    quieten()
     folder = Path(workdir).absolute() / FOLDER / str(step)
     try:
         if damage := _damage(folder):
@@ -337,13 +340,8 @@ def _put_aside(workdir: str | Path, step: int) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """What a killed process, or a save that failed, left half-written."""
-    for _ in range(20):  # other threads of a save that failed may still be writing
-        left = list(folder.glob("*.orbax-checkpoint-tmp*"))
-        for path in left:
-            shutil.rmtree(path, ignore_errors=True)
-        if not left:
-            return
-        time.sleep(0.02)
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -382,6 +380,7 @@ def _errno(error: BaseException | None) -> int | None:
 def quieten() -> None:
     """Orbax logs the traceback of an error that it also raises; one line is enough, and we print that."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     previous = sys.unraisablehook
     if getattr(previous, "drops_closed_loops", False):
         return

@@ -77,7 +77,8 @@ def run(
         if restored:
             session.recall(restored.meta, step)
         stop = stack.enter_context(stop_signals())
-        state = restored.tree if restored else training.init()
+        with session.compiling("init"):
+            state = restored.tree if restored else training.init()
         state = train(session, state, step, stop)
         session.finish(state)
         summary = summarise(session, state)
