@@ -93,6 +93,10 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_terminal_summary(terminalreporter, config):
     """Seconds per area, summed over tests and divided by the workers that shared them."""
+    excess = over_limit(config)
+    if excess is not None:
+        message = f"the suite took {excess:.0f} s more than --suite-limit allows"
+        terminalreporter.line(message, red=True)
     reports = [r for rs in terminalreporter.stats.values() for r in rs if hasattr(r, "duration")]
     if len(reports) < 50:  # a run of a few tests has no budget to speak of
         return
@@ -105,9 +109,4 @@ def pytest_terminal_summary(terminalreporter, config):
         over = "   OVER" if seconds > 60 * minutes else ""
         terminalreporter.line(
             f"{area:8s}{tests:6d} tests {seconds:8.1f} s of {60 * minutes:.0f} s{over}"
-        )
-    excess = over_limit(config)
-    if excess is not None:
-        terminalreporter.line(
-            f"the suite took {excess:.0f} s more than --suite-limit allows", red=True
         )
