@@ -14,10 +14,7 @@ from eval.bench.worker import KEEP_FREED_MEMORY, Worker
 from train.errors import UserError
 
 PEER = Path(__file__).with_name("zoology_peer.py")
-PEER_STEPS, OUR_STEPS = (
-    2,
-    8,
-)  # steps of one turn of a side; ours are measured one and several per call
+PEER_STEPS, SINGLE_CALLS, SEVERAL_CALLS = 2, 8, 3  # in one turn
 
 
 class Peer(NamedTuple):
@@ -108,9 +105,8 @@ def compare(
         taken: dict[str, list[dict]] = {"single": [], "several": [], "peer": []}
         for turn in range(rounds):
             tick(f"{case.mixer} {case.shape}: round {turn + 1} of {rounds}")
-            taken["single"].append(ours.ask(calls=OUR_STEPS, steps=1))
-            calls = max(1, OUR_STEPS // steps_per_call)
-            taken["several"].append(ours.ask(calls=calls, steps=steps_per_call))
+            taken["single"].append(ours.ask(calls=SINGLE_CALLS, steps=1))
+            taken["several"].append(ours.ask(calls=SEVERAL_CALLS, steps=steps_per_call))
             if theirs:
                 taken["peer"].append(theirs.ask(steps=PEER_STEPS))
         row = {
