@@ -3,9 +3,9 @@
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.attention.dropout import row_bits
@@ -80,7 +80,7 @@ def check_shapes(q, k, v, q_ids, k_ids) -> None:
             continue
         if ids.shape != (b, length):
             raise ValueError(f"{name} is {ids.shape}, not {(b, length)}")
-        if not isinstance(ids, jax.core.Tracer) and (np.asarray(ids) < 0).any():
+        if not isinstance(ids, Tracer) and (np.asarray(ids) < 0).any():
             raise ValueError(f"{name} must be 0 (padding) or positive")
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.attention.dropout import kept
 
@@ -44,14 +44,14 @@ class Keys(NamedTuple):
     at: Int[Array, " s"]
     ids: Int[Array, "n s"] | None
 
-    def first(self, stop: int) -> "Keys":
-        ids = None if self.ids is None else self.ids[:, :stop]
-        return Keys(self.k[:, :stop], self.v[:, :stop], self.at[:stop], ids)
+    def between(self, start: int, stop: int) -> "Keys":
+        ids = None if self.ids is None else self.ids[:, start:stop]
+        return Keys(self.k[:, start:stop], self.v[:, start:stop], self.at[start:stop], ids)
 
 
 def fold(q, k, v, q_ids, k_ids, bits) -> tuple[Queries, Keys]:
     """The arguments of the op ([b, t, h, k], ...) with heads folded away."""
-    b, t, h, width = q.shape
+    b, t, h, _ = q.shape
     s, g = k.shape[1:3]
 
     def folded(x):  # [b, t, h, ...] -> [b g, h/g, t, ...]; without a copy for one head
@@ -85,59 +85,73 @@ def attend(rule: Rule, queries: Queries, keys: Keys) -> Float[Array, "n m t v"]:
 
 
 def _forward(rule, queries, keys):
-    weights = softmax_weights(rule, queries, keys)
-    dropped = _dropped(rule, queries, keys, weights)
-    out = jnp.einsum("nrs,nsv->nrv", dropped, keys.v, **dot(keys.v.dtype))
-    shape = queries.q.shape[:3] + keys.v.shape[-1:]
-    return out.reshape(shape).astype(queries.q.dtype), (queries, keys, weights)
+    dtype = queries.q.dtype
+    s = scores(rule, queries, keys)
+    top = jnp.max(s, axis=-1, keepdims=True)
+    if queries.ids is not None:  # a row of padding sees nothing
+        top = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(s - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if queries.ids is not None:
+        total = jnp.where(total == 0, 1, total)
+    weights = (weights / total).astype(dtype)
+    kept_weights = dropped(rule, queries, keys, weights)
+    out = jnp.einsum("nrs,nsv->nrv", kept_weights, keys.v, **dot(dtype)).astype(dtype)
+    return out.reshape(*queries.q.shape[:3], -1), (queries, keys, weights)
 
 
 def _backward(rule, saved, g):
     queries, keys, weights = saved
-    n, m, t, width = queries.q.shape
-    acc, dtype = _acc(queries.q.dtype), queries.q.dtype
-    product = dot(dtype)
-    q = queries.q.reshape(n, m * t, width)
-    g = g.reshape(n, m * t, -1).astype(dtype)
-    # The weights are never the transposed operand: XLA on a CPU would copy them. Small operands and results are.
-    dropped = _dropped(rule, queries, keys, weights)
-    dv = jnp.swapaxes(jnp.einsum("nrv,nrs->nvs", g, dropped, **product), 1, 2)
-    dp = jnp.einsum("nrv,nsv->nrs", g, keys.v, **product)
-    dp = _dropped(rule, queries, keys, dp)
-    wide = weights.astype(acc)
-    ds = wide * (dp - jnp.sum(wide * dp, axis=-1, keepdims=True)) * rule.scale
-    ds = ds.astype(dtype)
-    dq = jnp.einsum("nrs,nsk->nrk", ds, keys.k, **product)
-    dk = jnp.swapaxes(jnp.einsum("nrk,nrs->nks", q, ds, **product), 1, 2)
-    dq = dq.reshape(queries.q.shape).astype(dtype)
-    return (
-        Queries(dq, None, None, None),
-        Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), None, None),
-    )
+    dq, dk, dv = gradients(rule, queries, keys, g, weights, None)
+    return cotangents(queries, keys, dq, dk, dv)
 
 
 attend.defvjp(_forward, _backward)
 
 
-def softmax_weights(rule: Rule, queries: Queries, keys: Keys) -> Float[Array, "n r s"]:
-    """The weights before dropout, [n, m t, s], normalised in float32 or wider, then of q's dtype."""
+def gradients(
+    rule: Rule,
+    queries: Queries,
+    keys: Keys,
+    g: Float[Array, "n m t v"],
+    p: Float[Array, "n r s"],
+    mean: Float[Array, "n r 1"] | None,
+) -> tuple[Float[Array, "n m t k"], Float[Array, "n s k"], Float[Array, "n s v"]]:
+    """Gradients of q, k and v in float32 or wider.
+
+    g is the output's, p the weights before dropout, dp their gradient; mean_i = sum_j p_ij dp_ij over all keys that row i
+    sees, None where those are all here.
+    """
+    n, m, t, width = queries.q.shape
+    dtype = queries.q.dtype
+    product = dot(dtype)
+    q = queries.q.reshape(n, m * t, width)
+    g = g.reshape(n, m * t, -1).astype(dtype)
+    # The weights are never the transposed operand, which XLA on a CPU would copy: small operands and results are.
+    dv = jnp.einsum("nrv,nrs->nvs", g, dropped(rule, queries, keys, p).astype(dtype), **product)
+    dp = dropped(rule, queries, keys, jnp.einsum("nrv,nsv->nrs", g, keys.v, **product))
+    p = p.astype(accumulator(dtype))
+    if mean is None:
+        mean = jnp.sum(p * dp, axis=-1, keepdims=True)
+    ds = (p * (dp - mean) * rule.scale).astype(dtype)
+    dq = jnp.einsum("nrs,nsk->nrk", ds, keys.k, **product).reshape(queries.q.shape)
+    dk = jnp.einsum("nrk,nrs->nks", q, ds, **product)
+    return dq, jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2)
+
+
+def cotangents(queries: Queries, keys: Keys, dq, dk, dv) -> tuple[Queries, Keys]:
+    """What a backward pass returns: of the inputs' types, nothing for indices, ids and bits."""
+    return (
+        Queries(dq.astype(queries.q.dtype), None, None, None),
+        Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), None, None),
+    )
+
+
+def scores(rule: Rule, queries: Queries, keys: Keys) -> Float[Array, "n r s"]:
+    """scale q k^T, [n, m t, s], in float32 or wider, -inf where a row does not see a key."""
     n, m, t, width = queries.q.shape
     q = queries.q.reshape(n, m * t, width)
-    scores = jnp.einsum("nrk,nsk->nrs", q, keys.k, **dot(q.dtype)) * rule.scale
-    scores = jnp.where(visible(rule, queries, keys), scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    if queries.ids is not None:  # a padded row sees nothing
-        top = jnp.where(top == -jnp.inf, 0, top)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if queries.ids is not None:
-        total = jnp.where(total == 0, 1, total)
-    return (weights / total).astype(q.dtype)
-
-
-def visible(rule: Rule, queries: Queries, keys: Keys) -> Bool[Array, "... r s"]:
-    """Which key each row sees, [m t, s] or with ids [n, m t, s]."""
-    m = queries.q.shape[1]
+    s = jnp.einsum("nrk,nsk->nrs", q, keys.k, **dot(q.dtype)) * rule.scale
     distance = queries.at[:, None] - keys.at
     seen = distance >= 0
     if rule.window is not None:
@@ -145,22 +159,30 @@ def visible(rule: Rule, queries: Queries, keys: Keys) -> Bool[Array, "... r s"]:
     if queries.ids is not None and keys.ids is not None:
         same = queries.ids[:, :, None] == keys.ids[:, None, :]
         seen = seen & same & (keys.ids[:, None, :] > 0)
-    return jnp.concatenate([seen] * m, axis=-2) if m > 1 else seen
+    if m > 1:
+        seen = jnp.concatenate([seen] * m, axis=-2)
+    return jnp.where(seen, s, -jnp.inf)
 
 
-def _dropped(rule, queries, keys, x):
-    """x [n, m t, s] where dropout keeps it, scaled up, and 0 elsewhere."""
+def dropped(
+    rule: Rule, queries: Queries, keys: Keys, x: Float[Array, "n r s"]
+) -> Float[Array, "n r s"]:
+    """x where dropout keeps it, scaled up, and 0 elsewhere."""
     if queries.bits is None:
         return x
-    keep = kept(queries.bits, queries.at[:, None] - keys.at, rule.rate)
-    return jnp.where(keep.reshape(x.shape), x * (1 / (1 - rule.rate)), 0).astype(x.dtype)
+    keep = kept(queries.bits, queries.at[:, None] - keys.at, rule.rate).reshape(x.shape)
+    return jnp.where(keep, x * (1 / (1 - rule.rate)), 0).astype(x.dtype)
 
 
-def _acc(dtype):
+def accumulator(dtype):
+    """The type of sums, softmax and normalisers."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def dot(dtype) -> dict:
     """How products of this dtype run: float32 in full (TPUs and Hopper would round it), sums in float32 or wider."""
     wide = jnp.dtype(dtype).itemsize >= 4
-    return {"precision": "highest" if wide else "default", "preferred_element_type": _acc(dtype)}
+    return {
+        "precision": "highest" if wide else "default",
+        "preferred_element_type": accumulator(dtype),
+    }
