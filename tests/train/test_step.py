@@ -86,7 +86,7 @@ def test_same_as_a_plain_loop(plain):
         loss = lambda p: tiny_loss(model, p, batch, None)
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, metrics, optax.global_norm(grads)
+        return optax.apply_updates(params, updates), state, metrics, optax.tree.norm(grads)
 
     for step in range(5):
         params, state, metrics, norm = one(params, state, jnp.int32(step))
