@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.train.tiny import tiny_config, tiny_model, tiny_task, train_tiny
 from train import checkpoint, loop, run_directory
@@ -214,6 +215,30 @@ def test_lines_past_the_restored_step_are_dropped(tmp_path):
     assert path.read_bytes() == b""
     run_directory.keep_lines(tmp_path / "none.jsonl", 0)
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
+    """The config's directory; else what JAX is set to; else the user's cache; "off" leaves JAX alone."""
+    config, before = tiny_config(), jax.config.jax_compilation_cache_dir
+    seen = []
+    try:
+        for wanted, jaxs in (
+            ("off", None),
+            ("", "/set/by/user"),
+            ("", None),
+            (f"{tmp_path}/own", None),
+        ):
+            config.compilation_cache = wanted
+            jax.config.update("jax_compilation_cache_dir", jaxs)
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+            loop.use_compilation_cache(config)
+            seen.append(jax.config.jax_compilation_cache_dir)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    kept = [f"{tmp_path}/home/jaxmodels/compiled", f"{tmp_path}/own"]
+    assert seen == [None, "/set/by/user", *kept]
+    assert all(Path(path).is_dir() for path in kept)
 
 
 def test_impossible_models_are_one_line():
