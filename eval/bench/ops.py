@@ -25,11 +25,15 @@ GIB = 2**30
 def plain_based(
     q: Float[Array, "b t h f"], k: Float[Array, "b t h f"], v: Float[Array, "b t h v"]
 ) -> Float[Array, "b t h v"]:
-    """sum_(j<=i) w_ij v_j / sum_(j<=i) w_ij, w = 1 + s + s^2/2, s = q.k/sqrt(f), all pairs at once."""
-    s = jnp.einsum("bthf,bshf->bhts", q, k) / q.shape[-1] ** 0.5
-    weights = jnp.where(_causal(q.shape[1]), 1 + s + s * s / 2, 0)
-    total = jnp.sum(weights, -1)[..., None].swapaxes(1, 2)
-    return jnp.einsum("bhts,bshv->bthv", weights, v) / (total + 1e-12)
+    """sum_(j<=i) w_ij v_j / sum_(j<=i) w_ij, w = 1 + s + s^2/2, s = q.k/sqrt(f), all pairs at once.
+
+    Heads go before tokens first: the same products in the given layout take 2 to 4 times as long on a CPU.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    s = jnp.einsum("bhtf,bhsf->bhts", q, k) / q.shape[-1] ** 0.5
+    weights = jnp.where(_causal(q.shape[2]), 1 + s + s * s / 2, 0)
+    y = jnp.einsum("bhts,bhsv->bhtv", weights, v) / (jnp.sum(weights, -1)[..., None] + 1e-12)
+    return jnp.swapaxes(y, 1, 2)
 
 
 def plain_attention(
@@ -38,11 +42,13 @@ def plain_attention(
     v: Float[Array, "b t h v"],
     window: int | None = None,
 ) -> Float[Array, "b t h v"]:
-    """Masked softmax of all pairs at once, the last `window` keys or all."""
-    t = q.shape[1]
+    """Masked softmax of all pairs at once, the last `window` keys or all; heads before tokens, as above."""
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    t = q.shape[2]
     seen = _causal(t) if window is None else _causal(t) & ~_causal(t, window)
-    s = jnp.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
-    return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1), v)
+    s = jnp.einsum("bhtk,bhsk->bhts", q, k) / q.shape[-1] ** 0.5
+    weights = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1)
+    return jnp.swapaxes(jnp.einsum("bhts,bhsv->bhtv", weights, v), 1, 2)
 
 
 def plain_long_conv(u: Float[Array, "b t d"], kernel: Float[Array, "t d"]) -> Float[Array, "b t d"]:
