@@ -27,7 +27,7 @@ from train.checkpoint import Checkpoints, disk_errors, restore_newest
 from train.config_paths import to_plain
 from train.errors import UserError
 from train.logs import RunLogger
-from train.run_directory import keep_lines, open_directory, write_atomically
+from train.run_directory import keep_lines, open_directory, write_atomically, write_config
 from train.session import Session, versions
 from train.sharding import make_mesh
 from train.state import TrainState, count_parameters
@@ -63,6 +63,7 @@ def run(
     training = make_training(config, model, task, mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(workdir))
+        write_config(config, workdir)
         restored = restore_newest(workdir, training.abstract)
         step = restored.step if restored else 0
         if restored:

@@ -12,7 +12,7 @@ from train.errors import UserError
 
 
 def open_directory(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
-    """Makes the directory this config's, or checks that it is; returns the summary of a run that is already finished.
+    """Makes the directory, or checks that it is this config's; returns the summary of a run that is already finished.
 
     Raises:
       UserError: it cannot be written, or was made with another model, data, optimiser, seed, length or task.
@@ -28,12 +28,14 @@ def open_directory(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             raise UserError(
                 f"{workdir} holds a run of another config: {changed[0]}{more}; take another --workdir, or the old value"
             )
-        summary = _read_json(workdir / "summary.json")
-        if summary is None:
-            write_atomically(workdir / "config.json", dumps(config))
+        return _read_json(workdir / "summary.json")
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
-    return summary
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """Makes the directory this config's; for when everything that can be wrong with the config has been looked at."""
+    write_atomically(workdir / "config.json", dumps(config))
 
 
 def keep_lines(path: Path, step: int) -> None:

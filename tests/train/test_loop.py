@@ -151,6 +151,14 @@ def test_a_directory_that_cannot_be_written():
             os.seteuid(user)
 
 
+def test_a_config_that_cannot_run_leaves_the_directory_free_for_another(tmp_path):
+    with pytest.raises(UserError, match="does not fit"):
+        train_tiny(tiny_config(**{"mesh.data": 3}), tmp_path)
+    with pytest.raises(UserError, match="is not one of"):
+        train_tiny(tiny_config(**{"optimizer.name": "adam"}), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_config_file_that_is_not_json(tmp_path):
     (tmp_path / "config.json").write_text('{"steps": ')
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
