@@ -81,7 +81,7 @@ def test_float32_error_is_rounding(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_error_is_that_of_its_roundings(form):
     shape = TEST_SHAPES["grouped"]
-    narrow = [jnp.asarray(x, jnp.bfloat16) for x in maths.arguments(shape)]
+    narrow = [x.astype(jnp.bfloat16) for x in maths.arguments(shape)]
     y, gradients = run(*narrow, form=form)
     assert {x.dtype for x in (y, *gradients)} == {jnp.dtype(jnp.bfloat16)}
     # 2^-8 each for the weights, the output it centres on, and the result; products accumulate in float32.
@@ -123,6 +123,12 @@ def test_reruns_are_bitwise_equal(form):
     chex.assert_trees_all_equal(run(*args, form=form), run(*args, form=form))
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "rate"))
+def mask(key, shape, distance, rate):
+    """What dropout keeps: [b, h, t, s] for the rows [b, t, h]."""
+    return kept(jnp.moveaxis(row_bits(key, shape), 1, 2), distance, rate)
+
+
 @pytest.mark.parametrize(("name", "form"), [c for c in CASES if c[0] in ("grouped", "decoding")])
 def test_dropout_is_the_same_in_every_form(name, form):
     """The dropped weights written out: mask of `kept` by row and distance, the rest scaled up."""
@@ -132,13 +138,12 @@ def test_dropout_is_the_same_in_every_form(name, form):
     with jax.enable_x64(True):
         options = (("dropout_rate", rate),)
         y, gradients = run(q, k, v, cotangent, key=key, form=form, options=options)
-        bits = row_bits(key, (shape.b, shape.t, shape.h))
-        distance = jnp.arange(shape.t)[:, None] + shape.s - shape.t - jnp.arange(shape.s)
-        keep = np.asarray(kept(jnp.moveaxis(bits, 1, 2), distance, rate))  # [b, h, t, s]
+        distance = np.arange(shape.t)[:, None] + shape.s - shape.t - np.arange(shape.s)
+        keep = mask(key, shape[:2] + shape[3:4], distance, rate)
         share = shape.h // shape.g
         k, v = np.repeat(k, share, 2), np.repeat(v, share, 2)
         s = np.einsum("bthk,bshk->bhts", q, k) * shape.k**-0.5
-        p = np.where(np.asarray(distance) >= 0, np.exp(s - s.max(-1, keepdims=True)), 0)
+        p = np.where(distance >= 0, np.exp(s - s.max(-1, keepdims=True)), 0)
         p = p / p.sum(-1, keepdims=True)
         dropped = np.where(keep, p / (1 - rate), 0)
         near(y, np.einsum("bhts,bshv->bthv", dropped, v), 1e-12)
@@ -152,8 +157,8 @@ def test_dropout_is_the_same_in_every_form(name, form):
 def test_dropout_keeps_its_share_of_independent_weights():
     rate, rows, t = 0.3, 512, 256
     distance = np.arange(t)[:, None] - np.arange(t)
-    bits = row_bits(jax.random.key(0), (rows // t, t))
-    keep = np.asarray(kept(bits, jnp.asarray(distance), rate)).reshape(-1, t)
+    keeps = [mask(jax.random.key(i), (rows // t, t, 1), distance, rate) for i in range(2)]
+    keep, other = (np.asarray(x).reshape(-1, t) for x in keeps)
     n = keep.size
     deviation = np.sqrt(rate * (1 - rate))
     # Five standard errors of the mean, and of the correlation of neighbours along keys and along rows.
@@ -163,10 +168,7 @@ def test_dropout_keeps_its_share_of_independent_weights():
         assert abs((a * b).mean()) < 5 / np.sqrt(a.size)
     diagonal = (centred[1:, 1:] * centred[:-1, :-1]).mean()  # equal distance, neighbouring rows
     assert abs(diagonal) < 5 / np.sqrt(n)
-    other = np.asarray(
-        kept(row_bits(jax.random.key(1), (rows // t, t)), jnp.asarray(distance), rate)
-    )
-    assert abs((other.reshape(-1, t) == keep).mean() - (1 - 2 * deviation**2)) < 0.01
+    assert abs((other == keep).mean() - (1 - 2 * deviation**2)) < 0.01
 
 
 def test_chunked_memory_is_linear_and_keeps_no_weights():
@@ -198,7 +200,7 @@ def test_default_is_quadratic_for_short_and_chunked_for_long(monkeypatch):
 
 
 def test_empty_call():
-    y = op.attention(*(jnp.zeros((2, n, 2, 3)) for n in (0, 4, 4)))
+    y = jax.jit(op.attention)(*(np.zeros((2, n, 2, 3), np.float32) for n in (0, 4, 4)))
     chex.assert_shape(y, (2, 0, 2, 3))
 
 
@@ -209,12 +211,8 @@ def test_cache_of_another_type_sees_only_visible_slots():
     visible[1] = False
     ids = (np.ones((shape.b, 1), np.int32), visible.astype(np.int32))
     wanted, _ = maths.attention(q, k, v, cotangent, ids)
-    y = op.attend_to_cache(
-        jnp.asarray(q, jnp.bfloat16),
-        jnp.asarray(k, jnp.float32),
-        jnp.asarray(v, jnp.float32),
-        jnp.asarray(visible),
-    )
+    narrow = q.astype(jnp.bfloat16)
+    y = jax.jit(op.attend_to_cache)(narrow, k.astype(np.float32), v.astype(np.float32), visible)
     assert y.dtype == jnp.bfloat16
     near(y, wanted, 1e-2)  # q and the output rounded to 8 bits
     assert not np.asarray(y[1], np.float32).any()

@@ -7,7 +7,6 @@ import functools
 
 import chex
 import jax
-import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -111,8 +110,9 @@ def test_dropout_is_that_of_the_reference(form):
 
 
 def test_a_window_of_one_is_the_value_itself():
-    q, k, v, _ = (jnp.float32(x) for x in maths.arguments(TEST_SHAPES["odd"].shape))
-    chex.assert_trees_all_close(op.sliding_window(q, k, v, window=1), v, rtol=1e-6)
+    q, k, v, cotangent = maths.arguments(TEST_SHAPES["odd"].shape)
+    y, _ = run(*(x.astype(np.float32) for x in (q, k, v, cotangent)), window=1, form=None)
+    near(y, v, 1e-6)
 
 
 @pytest.mark.parametrize("form", ["quadratic", "chunked"])
@@ -146,11 +146,12 @@ def test_default_by_length_and_window():
     assert api.fastest(1024, 256) == "quadratic"
     assert api.fastest(1024, 64) == "chunked"
     assert api.fastest(4096, 2048) == "chunked"
-    # Through the op: a band, a window that holds everything, nothing at all.
-    q, k, v, _ = (jnp.float32(x) for x in maths.arguments(Shape(1, 300, 300, 1, 1, 2, 2)))
-    wanted = op.sliding_window(q, k, v, window=8, implementation="reference")
-    chex.assert_trees_all_close(op.sliding_window(q, k, v, window=8), wanted, atol=1e-5)
-    chex.assert_shape(op.sliding_window(q[:, :0], k, v, window=8), (1, 0, 1, 2))
+    # Through the op: a band, and nothing at all.
+    shape = Shape(1, 300, 300, 1, 1, 2, 2)
+    args = [x.astype(np.float32) for x in maths.arguments(shape)]
+    compare(run(*args, window=8, form=None), maths.attention(*args, window=8), 5e-6)
+    y = jax.eval_shape(functools.partial(op.sliding_window, window=8), args[0][:, :0], *args[1:3])
+    chex.assert_shape(y, (1, 0, 1, 2))
 
 
 @pytest.mark.parametrize(
