@@ -8,7 +8,7 @@ from pallas_kernels.attention.inputs import Inputs
 from pallas_kernels.attention.rows import Keys, Queries, Rule, attend, fold, unfold
 
 BLOCK = 64
-WEIGHTS = 2**22  # weights computed at once; more run one group of blocks after the other
+WEIGHTS = 2**24  # weights computed at once; more run one group of blocks after the other
 
 
 def attention(
