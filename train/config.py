@@ -21,7 +21,7 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("seed", 0, "seed of initialisation, data and dropout"),
     ("batch_size", 256, "sequences per step, over all devices"),
     ("learning_rate", 1e-3, "peak learning rate"),
-    ("steps_per_call", 8, "steps in one compiled program; changes speed, never results"),
+    ("steps_per_call", 32, "steps in one compiled program; changes speed, never results"),
     ("max_bad_steps", 20, "consecutive steps with a non-finite gradient before the run ends with an error"),
     ("compilation_cache", "", "directory of compiled programs; empty = the user's cache directory, off = none"),
     ("model.vocab_size", 8192, "vocabulary, which is also the head's width"),

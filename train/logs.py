@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+import threading
 import time
 import uuid
 from collections import deque
@@ -72,7 +73,7 @@ class RunLogger:
         """Finishes every log; may be called twice."""
         self._file.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            _close_tensorboard(self._tensorboard)
         if self._wandb:
             self._wandb.finish()
         if self._terminal:
@@ -216,6 +217,16 @@ def _clock(seconds: float | int) -> str:
 def _start_tensorboard(workdir: Path, start_step: int) -> Any:
     from tensorboardX import SummaryWriter
 
+    previous = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        # On a full disk its thread dies with a traceback; the run itself says what happened, in one line.
+        if not (
+            isinstance(args.exc_value, OSError) and "EventLogger" in type(args.thread).__name__
+        ):
+            previous(args)
+
+    threading.excepthook = hook
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
 
 
@@ -236,3 +247,13 @@ def _start_wandb(workdir: Path, config: Config) -> Any:
         config=to_plain(config),
         resume="allow",
     )
+
+
+def _close_tensorboard(writer: Any) -> None:
+    """Closes the events; on a full disk gives up on them, so that no exit handler tries and fails again."""
+    files = dict(writer.all_writers or {})
+    try:
+        writer.close()
+    except OSError:
+        for file in files.values():
+            file.event_writer._closed = True
