@@ -19,7 +19,7 @@ def get_config():
     config.optimizer.warmup_steps = 100
     config.model.mixers = [
         {"name": "base_conv", "kernel_size": 3},
-        {"name": "base_conv", "kernel_size": -1},
+        {"name": "base_conv", "kernel_size": -1, "max_len": 64},
     ]
     config.data.random_non_queries = False
     return config

@@ -17,6 +17,6 @@ def get_config():
     config.batch_size = 256
     config.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
-    config.model.mixers = [{"name": "hyena"}]
+    config.model.mixers = [{"name": "hyena", "max_len": 64}]
     config.data.random_non_queries = False
     return config
