@@ -51,26 +51,19 @@ def based(
     real = None if segment_ids is None else segment_ids > 0
     if real is not None:
         q, k, v = (jnp.where(real[..., None, None], x, 0) for x in (q, k, v))
-    b, t, h, f = q.shape
+    b, t, _, f = q.shape
     g, width = k.shape[2], v.shape[3]
     acc = jnp.promote_types(q.dtype, jnp.float32)
     state = initial_state
     if state is None and (implementation != "quadratic" or t == 0):
         state = jnp.zeros((b, g, expanded_width(f), width + 1), acc)
 
-    if implementation == "reference":
-        out, state = reference.based(q, k, v, state, segment_ids)
-    else:
-        ones = jnp.ones(v.shape[:-1] + (1,), acc)
-        v1 = jnp.moveaxis(jnp.concatenate([v.astype(acc), ones], -1), 2, 1)
-        if real is not None:
-            v1 = jnp.where(real[:, None, :, None], v1, 0)
-        grouped = jnp.moveaxis(q.reshape(b, t, g, h // g, f), 1, 3)
-        keys = jnp.moveaxis(k, 2, 1)
-        current = None if segment_ids is None else segment_ids[:, 0]
-        run = quadratic.one_chunk if implementation == "quadratic" else chunked.scan_chunks
-        out, state = run(grouped, keys, v1, state, segment_ids, current)[:2]
-        out = jnp.moveaxis(out, 3, 1).reshape(b, t, h, width + 1)
+    run = {
+        "reference": reference.based,
+        "quadratic": quadratic.whole,
+        "chunked": chunked.scan_chunks,
+    }[implementation]
+    out, state = run(q, k, v, state, segment_ids)
 
     y, den = out[..., :-1], out[..., -1:]
     if normalize:

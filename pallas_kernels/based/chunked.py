@@ -12,36 +12,36 @@ CHUNK = (
 
 
 def scan_chunks(
-    q: Float[Array, "b g r t f"],
-    k: Float[Array, "b g t f"],
-    v1: Float[Array, "b g t v1"],
+    q: Float[Array, "b t h f"],
+    k: Float[Array, "b t g f"],
+    v: Float[Array, "b t g v"],
     state: Float[Array, "b g e v1"],
     segment_ids: Int[Array, "b t"] | None,
-    current: Int[Array, " b"] | None,
     chunk: int | None = None,
-) -> tuple[Float[Array, "b g r t v1"], Float[Array, "b g e v1"]]:
-    """As `one_chunk` over the whole sequence. Differentiating keeps one state per chunk and recomputes the rest.
+) -> tuple[Float[Array, "b t h v1"], Float[Array, "b g e v1"]]:
+    """As `quadratic.whole`. Differentiating keeps one state per chunk and recomputes the rest.
 
-    The length is padded to whole chunks with rows of v1 = 0, which add nothing to any sum, the constant term included.
+    The length is padded to whole chunks with rows that are not real: their values, and their ones, are zeros, so that they
+    add nothing to any sum, the constant term included. Heads move before tokens inside a chunk, where the copy is small.
     """
-    t, chunk = q.shape[3], chunk or CHUNK
+    t, chunk = q.shape[1], chunk or CHUNK
     n = -(-t // chunk)
+    real = jnp.ones(q.shape[:2], bool) if segment_ids is None else segment_ids > 0
 
-    def split(x, axis):
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, n * chunk - t)
-        x = jnp.pad(x, widths)
-        return jnp.moveaxis(x.reshape(x.shape[:axis] + (n, chunk) + x.shape[axis + 1 :]), axis, 0)
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, n * chunk - t)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], n, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def body(carry, piece):
         state, current = carry
-        q, k, v1, ids = piece
-        out, state, current = one_chunk(q, k, v1, state, ids, current)
+        out, state, current = one_chunk(*piece, state, current)
         return (state, current), out
 
-    ids = None if segment_ids is None else split(segment_ids, 1)
-    pieces = (split(q, 3), split(k, 2), split(v1, 2), ids)
-    (state, _), out = jax.lax.scan(body, (state, current), pieces)
-    out = jnp.moveaxis(out, 0, 3)
-    return out.reshape(out.shape[:3] + (n * chunk, -1))[..., :t, :], state
+    current = None if segment_ids is None else segment_ids[:, 0]
+    ids = None if segment_ids is None else split(segment_ids)
+    (state, _), out = jax.lax.scan(
+        body, (state, current), (split(q), split(k), split(v), split(real), ids)
+    )
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], n * chunk, *out.shape[3:])[:, :t], state

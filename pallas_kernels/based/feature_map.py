@@ -37,29 +37,28 @@ def _pairs(f: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _factors(f: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(A, a, B, b) with phi(x) = (x A + a) * (x B + b), every column of A and B holding at most one entry."""
+def _factors(f: int) -> tuple[np.ndarray, np.ndarray]:
+    """(A, a) such that x A + a = [left factors, right factors] of phi(x); a column of A holds at most one entry."""
     left, right, weight = _pairs(f)
     e, quadratic = expanded_width(f), 1 + f + np.arange(left.size)
-    A, B = np.zeros((f, e)), np.zeros((f, e))
-    a, b = np.zeros(e), np.zeros(e)
+    A, a = np.zeros((f, 2 * e)), np.zeros(2 * e)
     a[0] = 1.0
-    b[: 1 + f] = 1.0
+    a[e : e + 1 + f] = 1.0
     A[np.arange(f), 1 + np.arange(f)] = f**-0.25
     A[left, quadratic] = weight
-    B[right, quadratic] = 1.0
-    return A, a, B, b
+    A[right, e + quadratic] = 1.0
+    return A, a
 
 
 def taylor_features(x: Float[Array, "*rows f"]) -> Float[Array, "*rows e"]:
     """phi(x), so that phi(q) . phi(k) = 1 + s + s^2/2 with s = q . k / sqrt(f).
 
-    Two products with one-hot matrices pick the two factors of each feature: their gradient is again two small matrix
-    products, where the gradient of a gather would be a scatter.
+    One product with a one-hot matrix picks the two factors of every feature: its gradient is again a matrix product, where
+    the gradient of a gather would be a scatter.
     """
-    A, a, B, b = (jnp.asarray(m, x.dtype) for m in _factors(x.shape[-1]))
-    pick = functools.partial(jnp.matmul, precision="highest")
-    return (pick(x, A) + a) * (pick(x, B) + b)
+    A, a = (jnp.asarray(m, x.dtype) for m in _factors(x.shape[-1]))
+    left, right = jnp.split(jnp.matmul(x, A, precision="highest") + a, 2, axis=-1)
+    return left * right
 
 
 def unpack_state(state: Float[Array, "*rows e v"], f: int) -> Float[Array, "*rows u v"]:
