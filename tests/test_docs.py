@@ -63,3 +63,9 @@ def test_following_the_page_word_by_word(tmp_path):
     short = "steps=4 batch_size=8 model.vocab_size=128 optimizer.warmup_steps=0"
     follow("4. A run", "".join(f" --config.{setting}" for setting in short.split()))
     assert (tmp_path / "runs/moving_average/summary.json").is_file()
+
+
+def test_the_readmes_snippet_runs():
+    readme = (ROOT / "README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})  # it asserts what it shows
+    assert readme.count("\n") < 100  # three screens
