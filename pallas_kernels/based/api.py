@@ -43,7 +43,8 @@ def based(
     """
     _check_shapes(q, k, v, initial_state, segment_ids)
     if implementation is None:
-        implementation = "quadratic" if q.shape[1] <= 2 * chunked.CHUNK else "chunked"
+        # Two CPU cores, forward and backward: 3.7 against 4.6 ms at 512 tokens, 25 against 9 at 1,024.
+        implementation = "quadratic" if q.shape[1] <= 4 * chunked.CHUNK else "chunked"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
