@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Shaped
 
 Cursor = dict[str, Int[Array, " b"]]
@@ -95,7 +96,7 @@ def layout(
 
 def check_segment_ids(segment_ids: Int[Array, "b t"]) -> None:
     """ValueError when concrete ids break the contract; traced ids cannot be looked at."""
-    if isinstance(segment_ids, jax.core.Tracer):
+    if isinstance(segment_ids, Tracer):
         return
     ids = jax.device_get(segment_ids)
     if (ids < 0).any():

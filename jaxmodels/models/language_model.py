@@ -120,9 +120,11 @@ class LanguageModel(nn.Module):
             x = x + self._positions(tokens, state, segment_ids, after)
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
         x = self.embed_drop(x, deterministic=not self.has_rng("dropout"))
-        states = [None] * self.num_layers if state is None else list(state["layers"])
-        for i, layer in enumerate(self.layers):
-            x, states[i] = layer(x, states[i], segment_ids)
+        before = [None] * self.num_layers if state is None else state["layers"]
+        states = []
+        for layer, layer_state in zip(self.layers, before):
+            x, layer_state = layer(x, layer_state, segment_ids)
+            states.append(layer_state)
         x = self.final_norm(x)
         if door is not None:
             x = door.leave(x)

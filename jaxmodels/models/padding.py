@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Int, Shaped
 
 
@@ -25,7 +26,7 @@ def enter(tokens: Shaped[Array, "b t ..."], segment_ids: Int[Array, "b t"]) -> D
     Raises ValueError for negative or decreasing positive ids when they are concrete. Under jit a decreasing id is raised
     to the largest before it, and a negative one becomes padding.
     """
-    if not isinstance(segment_ids, jax.core.Tracer):
+    if not isinstance(segment_ids, Tracer):
         _check(segment_ids)
     ids = jnp.maximum(segment_ids.astype(jnp.int32), 0)
     ids = jnp.where(ids > 0, jax.lax.cummax(ids, axis=1), 0)

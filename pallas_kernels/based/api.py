@@ -1,8 +1,8 @@
 """The public op; its docstring is the maths that every implementation is tested against."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.based import chunked, quadratic, reference
@@ -91,6 +91,6 @@ def _check_shapes(q, k, v, initial_state, segment_ids) -> None:
         )
     if segment_ids is not None and segment_ids.shape != (b, t):
         raise ValueError(f"segment_ids is {segment_ids.shape}, not {(b, t)}")
-    if segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):
+    if segment_ids is not None and not isinstance(segment_ids, Tracer):
         if (np.asarray(segment_ids) < 0).any():
             raise ValueError("segment_ids must be 0 (padding) or positive")

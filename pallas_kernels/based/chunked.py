@@ -35,7 +35,8 @@ def scan_chunks(
     @jax.checkpoint
     def body(carry, piece):
         state, current = carry
-        out, state, current = one_chunk(*piece, state, current)
+        q, k, v, real, ids = piece
+        out, state, current = one_chunk(q, k, v, real, ids, state, current)
         return (state, current), out
 
     current = None if segment_ids is None else segment_ids[:, 0]
