@@ -5,7 +5,7 @@ A short gated convolution and then one-head attention of width 64 without positi
 
 Command:  python -m train --config mqar/attention --workdir runs/attention
 Expected: eval/accuracy at least .99
-Time:     about 2 minutes on 2 CPU cores
+Time:     under a minute on 2 CPU cores
 """
 
 from train.config import base_config

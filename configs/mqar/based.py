@@ -5,7 +5,7 @@ No positions. State by the papers' count: 40,548 bytes, whatever the length.
 
 Command:  python -m train --config mqar/based --workdir runs/based
 Expected: eval/accuracy at least .95
-Time:     about 2 minutes on 2 CPU cores
+Time:     about a minute on 2 CPU cores
 """
 
 from train.config import base_config

@@ -8,7 +8,7 @@ of .02 shorten the plateau before recall sets in, so that the figure takes minut
 
 Command:  python -m train --config mqar/demo --workdir runs/demo      (or: make demo)
 Expected: runs/demo/plots/recall_memory.png and a table with the same numbers
-Time:     under 6 minutes on 2 CPU cores
+Time:     two and a half minutes on 2 CPU cores
 """
 
 from train.config import base_config

@@ -53,11 +53,17 @@ def seconds_of(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, enough: float = 20.0
+    calls: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    enough: float = 20.0,
+    settle: float = 0.3,
 ) -> dict[str, dict[str, Any]]:
     """name -> {"seconds": spread, "processor": spread} of every call.
 
-    They are measured in turns, so that a machine that slows down slows all of them. A call that has used up `enough`
+    They are measured in turns, so that a machine that slows down slows all of them. A turn begins with `settle` seconds of
+    uncounted calls: a small call right after one that touched gigabytes pays for cold caches and a heap that was given back
+    (BASED's chunked form at 4,096 takes 54 instead of 29 ms after its quadratic form). A call that has used up `enough`
     seconds is measured no more than three times.
     """
     for call in calls.values():
@@ -67,6 +73,9 @@ def take_turns(
     for turn in range(repeats):
         for name, call in calls.items():
             if turn < 3 or sum(seconds for seconds, _ in taken[name]) < enough:
+                deadline = time.perf_counter() + settle
+                while time.perf_counter() < deadline:
+                    jax.block_until_ready(call())
                 taken[name].append(seconds_of(call))
     return {name: summarise(*zip(*pairs)) for name, pairs in taken.items()}
 

@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.based.feature_map import taylor_features
 
+LONGEST_TRANSPOSED = 512  # beyond it a transposed copy costs more memory traffic than it saves
+
 
 def whole(
     q: Float[Array, "b t h f"],
@@ -91,19 +93,25 @@ def _one_chunk(
     return out, update, after
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(
     x: Float[Array, "b g i j"], y: Float[Array, "b g j k"], acc: Any
 ) -> Float[Array, "b g i k"]:
-    """x y, whose backward pass transposes x for real before it forms x^T g."""
+    """x y. Within a chunk its backward pass transposes x for real before it forms x^T g (see `_transposed`)."""
+    if max(x.shape[-2:]) <= LONGEST_TRANSPOSED:
+        return _chunk_product(x, y, acc)
     return jnp.matmul(x, y, **_dot(x.dtype, acc))
 
 
-def _product_forward(x, y, acc):
-    return _product(x, y, acc), (x, y)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _chunk_product(x, y, acc):
+    return jnp.matmul(x, y, **_dot(x.dtype, acc))
 
 
-def _product_backward(acc, operands, g):
+def _chunk_product_forward(x, y, acc):
+    return _chunk_product(x, y, acc), (x, y)
+
+
+def _chunk_product_backward(acc, operands, g):
     x, y = operands
     narrow = g.astype(x.dtype)
     dx = jnp.matmul(narrow, jnp.swapaxes(y, -1, -2), **_dot(x.dtype, acc))
@@ -111,13 +119,15 @@ def _product_backward(acc, operands, g):
     return dx.astype(x.dtype), dy.astype(y.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_chunk_product.defvjp(_chunk_product_forward, _chunk_product_backward)
 
 
 def _transposed(x: Float[Array, "b g j e"]) -> Float[Array, "b g e j"]:
     """x^T, really formed where that is cheap: for one chunk XLA's CPU backend takes 98 us for x^T y, and 5 + 57 in two steps."""
-    x = jnp.swapaxes(x, -1, -2)
-    return jax.lax.optimization_barrier(x) if max(x.shape[-2:]) <= 512 else x
+    transposed = jnp.swapaxes(x, -1, -2)
+    if max(x.shape[-2:]) <= LONGEST_TRANSPOSED:
+        return jax.lax.optimization_barrier(transposed)
+    return transposed
 
 
 def _visible(t: int, segment_ids: Int[Array, "b t"] | None):

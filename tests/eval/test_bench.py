@@ -64,14 +64,14 @@ def test_milliseconds_keep_three_digits(seconds, text):
 def test_calls_take_turns_after_warming_up():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    timed = take_turns(calls, repeats=3, warmup=2)
+    timed = take_turns(calls, repeats=3, warmup=2, settle=0.0)
     assert "".join(order) == "aabb" + "ab" * 3
     assert timed["a"]["seconds"]["count"] == timed["b"]["processor"]["count"] == 3
 
 
 def test_a_slow_call_is_measured_three_times():
     order = []
-    take_turns({"slow": lambda: order.append(0)}, repeats=9, warmup=0, enough=0.0)
+    take_turns({"slow": lambda: order.append(0)}, repeats=9, warmup=0, enough=0.0, settle=0.0)
     assert len(order) == 3
 
 
