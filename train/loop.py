@@ -27,7 +27,13 @@ from train.checkpoint import Checkpoints, disk_errors, restore_newest
 from train.config_paths import to_plain
 from train.errors import UserError
 from train.logs import RunLogger
-from train.run_directory import keep_lines, open_directory, write_atomically, write_config
+from train.run_directory import (
+    keep_lines,
+    open_directory,
+    write_atomically,
+    write_config,
+    write_files,
+)
 from train.session import Session, versions
 from train.sharding import make_mesh
 from train.state import TrainState, count_parameters
@@ -64,6 +70,7 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(workdir))
         write_config(config, workdir)
+        write_files(task.files, workdir)
         restored = restore_newest(workdir, training.abstract)
         step = restored.step if restored else 0
         if restored:
@@ -82,6 +89,10 @@ def run(
             state = restored.tree if restored else training.init()
         state = train(session, state, step, stop)
         session.finish(state)
+        if task.sample:
+            sample = task.sample(model, state.params)
+            print(sample)
+            write_atomically(workdir / "sample.txt", sample + "\n")
         summary = summarise(session, state)
         write_atomically(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
@@ -97,8 +108,9 @@ def train(session: Session, state: TrainState, step: int, stop: list[int]) -> Tr
         to_boundary = [n - step % n for n in (log_every, eval_every, save_every) if n]
         count = min(left, config.steps - step, session.steps_per_call(program), *to_boundary)
         fresh = step % log_every == 0 if log_every else step == 0
-        with session.compiling(program):
+        with session.waiting_for_input():
             inputs = task.inputs(step, count)
+        with session.compiling(program):
             state, report = call(state, inputs, np.int32(count), np.bool_(fresh), program=program)
         step += count
         session.queue(step, count, program, report, state)
@@ -127,8 +139,7 @@ def summarise(session: Session, state: TrainState) -> dict[str, Any]:
 
     The state's bytes are those at the longest test sequence, as the papers count them.
     """
-    lengths = [s["length"] for s in session.config.data.get("test", ()) if "length" in s]
-    length = max(lengths, default=session.task.sample_tokens[1])
+    length = session.task.state_length
     wall, training = session.wall_seconds, session.training_seconds
     return {
         "metrics": session.train_metrics | session.evaluation,
@@ -143,6 +154,7 @@ def summarise(session: Session, state: TrainState) -> dict[str, Any]:
         "tokens": session.tokens,
         "wall_seconds": round(wall, 3),
         "training_seconds": round(training, 3),
+        "input_wait_seconds": round(session.input_wait_seconds, 3),
         "tokens_per_second": round(session.tokens / max(training, 1e-9), 1),
         "versions": versions(),
     }

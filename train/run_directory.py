@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,23 @@ def open_directory(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 def write_config(config: ConfigDict, workdir: Path) -> None:
     """Makes the directory this config's; for when everything that can be wrong with the config has been looked at."""
     write_atomically(workdir / "config.json", dumps(config))
+
+
+def write_files(files: Mapping[str, bytes], workdir: Path) -> None:
+    """What the model needs beside its parameters (`Task.files`).
+
+    Raises:
+      UserError: the directory has a file of that name with other content, from an earlier start of the run.
+    """
+    for name, content in files.items():
+        path = workdir / name
+        if not path.exists():
+            write_atomically(path, content)
+        elif path.read_bytes() != content:
+            raise UserError(
+                f"{path} is not what this config makes; the run was begun with another one: take another --workdir, or the "
+                "old value"
+            )
 
 
 def keep_lines(path: Path, step: int) -> None:

@@ -46,6 +46,7 @@ class Session:
         self.skipped = self.tokens = self._tokens_read = 0
         self.earlier_seconds = self.earlier_training_seconds = 0.0
         self.other_seconds = 0.0  # compiling and evaluating
+        self.input_wait_seconds = 0.0  # the host waiting for data, while the device still has calls to run
         self._started = self._saved = self._ready = time.monotonic()
         self._saved_step = -1
         self._queued: deque[tuple[int, int, Hashable, Any]] = deque()
@@ -58,6 +59,13 @@ class Session:
         """config.steps_per_call, or fewer where a step is slow, and one for a program not yet seen."""
         most = max(int(SECONDS_PER_CALL / max(self._pace.get(program, SECONDS_PER_CALL), 1e-9)), 1)
         return min(self.config.steps_per_call, most)
+
+    @contextlib.contextmanager
+    def waiting_for_input(self) -> Iterator[None]:
+        """What the step would wait for if no call were queued before it."""
+        before = time.monotonic()
+        yield
+        self.input_wait_seconds += time.monotonic() - before
 
     @contextlib.contextmanager
     def compiling(self, program: Hashable) -> Iterator[None]:
@@ -191,6 +199,8 @@ class Session:
             "tokens": self.tokens,
             "wall_seconds": self.wall_seconds,
             "training_seconds": self.training_seconds,
+            "input_wait_seconds": self.input_wait_seconds,
+            "iterator": self.task.iterator.get_state() if self.task.iterator else None,
             "versions": versions(),
         }
 
@@ -201,6 +211,9 @@ class Session:
         self.skipped, self.tokens = meta["skipped"], meta["tokens"]
         self.earlier_seconds = meta["wall_seconds"]
         self.earlier_training_seconds = meta["training_seconds"]
+        self.input_wait_seconds = meta.get("input_wait_seconds", 0.0)
+        if self.task.iterator:
+            self.task.iterator.set_state(meta["iterator"])
         self._saved_step = step
 
     # --- the end ---

@@ -85,6 +85,7 @@ def tiny_task(config: ConfigDict) -> Task:
         loss=tiny_loss,
         evaluate=tiny_evaluate,
         best=("eval/accuracy", "max"),
+        state_length=max(LENGTHS),
     )
 
 

@@ -125,6 +125,7 @@ def build(config: ConfigDict) -> Task:
             include_slices=config.data.get("include_slices", True),
         ),
         best=("eval/accuracy", "max"),
+        state_length=max(segment.length for segment in test),
     )
 
 

@@ -1,7 +1,7 @@
 """What the training loop knows about an experiment: where its batches come from, its loss and its metrics."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from flax import linen as nn
@@ -34,6 +34,11 @@ class Task:
       count is the weight of the batch among others.
     evaluate: (model, params) -> metrics over the whole test data. Deterministic; keeps its compiled functions.
     best: (a metric of evaluate, "max" or "min"), by which the best checkpoint is chosen.
+    state_length: the number of tokens at which the state's bytes are reported, the longest sequence of the test.
+    iterator: where `inputs` come from when they are not a function of the step: an iterator of grain, whose
+      get_state() (JSON) goes into every checkpoint and whose set_state() finds the place again; None where they are.
+    files: name -> content of what a run directory must hold for the model to be used, e.g. its tokenizer.
+    sample: (model, params) -> a text that shows what was learned, for the end of a run; None where there is none.
     """
 
     name: str
@@ -46,3 +51,7 @@ class Task:
     loss: Callable[[nn.Module, Params, Batch, PRNGKeyArray | None], tuple[Array, Metrics]]
     evaluate: Callable[[nn.Module, Params], dict[str, float]]
     best: tuple[str, str]
+    state_length: int
+    iterator: Any = None
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    sample: Callable[[nn.Module, Params], str] | None = None
