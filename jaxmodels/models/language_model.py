@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.mixers import segments
@@ -188,7 +189,8 @@ def build_language_model(**fields: Any) -> LanguageModel:
                 f"unknown {field} {fields[field]!r}; there are {', '.join(map(str, known))}"
             )
     types = {k: jnp.dtype(fields[k]) for k in ("dtype", "param_dtype") if fields.get(k) is not None}
-    return LanguageModel(**{**fields, **types, "mixers": tuple(mixers)})
+    # frozen, so that a model can be hashed: it is a static argument of compiled functions
+    return LanguageModel(**{**fields, **types, "mixers": tuple(map(FrozenDict, mixers))})
 
 
 def _check_fields(what: str, given: Mapping[str, Any], module: type[nn.Module]) -> None:
