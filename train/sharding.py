@@ -74,6 +74,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def rows_over(params: Any, batch_size: int) -> NamedSharding | None:
+    """How the rows of an evaluation are spread: over the batch axes of the mesh that holds the parameters, None where that cannot be."""
+    sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not set(BATCH_AXES) <= set(
+        sharding.mesh.axis_names
+    ):
+        return None
+    mesh = sharding.mesh
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return batch_sharding(mesh) if shards > 1 and batch_size % shards == 0 else None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

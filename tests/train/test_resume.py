@@ -89,12 +89,23 @@ CONFIG = {
 }
 
 
-def start(workdir, cache, **overrides) -> subprocess.Popen:
+# text from the standard library, so small that a run passes over it several times; rows of a few documents each
+TEXT_CONFIG = {
+    **{key: value for key, value in CONFIG.items() if not key.startswith("data.")},
+    "model.vocab_size": 257,
+    "model.mixers": "[{'name': 'base_conv'}]",
+    "data.length": 64,
+    "data.test_batch_size": 64,
+    "data.held_out": 0.01,
+}
+
+
+def start(workdir, cache, name="mqar/based", keys=CONFIG, **overrides) -> subprocess.Popen:
     """The command of a user, and a cache of compiled programs that the processes share, as a user's do."""
     env = {**os.environ, "PYTHONPATH": python_path()}
     env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    keys = [f"--config.{key}={value}" for key, value in {**CONFIG, **overrides}.items()]
-    command = [sys.executable, "-m", "train", "--config=mqar/based", f"--workdir={workdir}", *keys]
+    options = [f"--config.{key}={value}" for key, value in {**keys, **overrides}.items()]
+    command = [sys.executable, "-m", "train", f"--config={name}", f"--workdir={workdir}", *options]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -136,3 +147,19 @@ def test_killed_processes_end_with_the_same_bits(tmp_path):
     out = finish(start(broken, cache, **{"steps_per_call": 3, "checkpoint.every_steps": 100}))
     assert f"{broken}: going on from step " in out
     assert_same_end(alone, broken)
+
+
+def test_a_killed_text_run_ends_with_the_same_bits(tmp_path):
+    """The place of the data iterator, in the middle of a pass over the text, comes back with the parameters."""
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    cache = tmp_path / "cache"
+    alone, broken = tmp_path / "alone", tmp_path / "broken"
+    finish(start(alone, cache, "text/small", TEXT_CONFIG))
+    code, err = interrupt(
+        start(broken, cache, "text/small", TEXT_CONFIG), broken, signal.SIGKILL, seed
+    )
+    assert code == -signal.SIGKILL, err
+    finish(start(broken, cache, "text/small", TEXT_CONFIG, **{"steps_per_call": 3}))
+    assert_same_end(alone, broken)
+    assert (alone / "sample.txt").read_text() == (broken / "sample.txt").read_text()

@@ -62,7 +62,8 @@ def tiny_model(config: ConfigDict) -> TinyModel:
 
 
 def tiny_task(config: ConfigDict) -> Task:
-    seed, rows = config.seed, config.batch_size
+    seed = config.seed if config.data.seed is None else config.data.seed
+    rows = config.batch_size
     bad_steps = jnp.asarray([*config.data.bad_steps, -1])
 
     def program_at(step):

@@ -1,16 +1,19 @@
-"""The tasks that `python -m train` knows. A new one is a file here with `build(config) -> Task`, and a line in TASKS."""
+"""The tasks that `python -m train` knows. A new one is a file here with `build(config) -> Task` and `check(config)`, and a
+line each in TASKS and CHECKS."""
 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from train.errors import UserError
-from train.tasks import mqar
+from train.tasks import mqar, text
 from train.tasks.task import Batch, Metrics, Program, Task
 
-__all__ = ["TASKS", "Batch", "Metrics", "Program", "Task", "build_task"]
+__all__ = ["CHECKS", "TASKS", "Batch", "Metrics", "Program", "Task", "build_task"]
 
-TASKS: dict[str, Callable[[ConfigDict], Task]] = {"mqar": mqar.build}
+TASKS: dict[str, Callable[[ConfigDict], Task]] = {"mqar": mqar.build, "text": text.build}
+# what can be said of a config in a moment, before anything is written or read whole
+CHECKS: dict[str, Callable[[ConfigDict], None]] = {"mqar": mqar.check, "text": text.check}
 
 
 def build_task(config: ConfigDict) -> Task:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -20,14 +19,16 @@ from jaxtyping import Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from jaxmodels.typing import Params
+from train.config import from_plain
+from train.config_paths import to_plain
 from train.cross_entropy import cross_entropy
 from train.data import mqar, mqar_zoology
 from train.data.mqar import Segment
 from train.errors import UserError
+from train.tasks.forward import hidden_states
 from train.tasks.mqar_evaluation import make_evaluate
-from train.tasks.task import Batch, Metrics, Task
+from train.tasks.task import FOREVER, Batch, Metrics, Task
 
-FOREVER = 2**31 - 1  # steps of a program that never ends
 # what a segment of a config may say, and what kind of value that is
 _SEGMENT_KEYS: dict[str, tuple[type, ...]] = {
     "length": (int,),
@@ -129,6 +130,13 @@ def build(config: ConfigDict) -> Task:
     )
 
 
+def check(config: ConfigDict) -> None:
+    """What `build` would refuse, without drawing anything."""
+    probe = from_plain(to_plain(config))
+    probe.data.mode = "device"
+    build(probe)
+
+
 def loss(
     model: nn.Module, params: Params, batch: Batch, rng: PRNGKeyArray | None
 ) -> tuple[Array, Metrics]:
@@ -137,13 +145,7 @@ def loss(
     The head runs on the labelled positions only: 4 of 64 at (64, 4). Metrics: loss (the cross-entropy), accuracy (mean over
     rows of the share of labels that are right), aux_loss where layers sow one.
     """
-    (hidden, _), sown = model.apply(
-        {"params": params},
-        batch["tokens"],
-        method="hidden",
-        mutable=["losses"],
-        rngs={} if rng is None else {"dropout": rng},
-    )
+    hidden, auxiliary = hidden_states(model, params, batch["tokens"], rng)
     b, n = batch["labels"].shape
     rows = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
     head = lambda p, r: model.apply({"params": p}, r, method="head")
@@ -155,10 +157,10 @@ def loss(
         "loss": (total, labels),
         "accuracy": (jnp.sum(correct.astype(jnp.float32)) / n, examples),
     }
-    auxiliary = [jnp.sum(leaf) for leaf in jax.tree.leaves(sown)]
-    if auxiliary:
-        metrics["aux_loss"] = (sum(auxiliary) * examples, examples)
-    return total / labels.astype(total.dtype) + sum(auxiliary), metrics
+    if auxiliary is None:
+        return total / labels.astype(total.dtype), metrics
+    metrics["aux_loss"] = (auxiliary * examples, examples)
+    return total / labels.astype(total.dtype) + auxiliary, metrics
 
 
 def segments_of(config: ConfigDict) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:

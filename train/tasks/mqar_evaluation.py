@@ -17,7 +17,7 @@ from train.cross_entropy import cross_entropy
 from train.data import mqar, mqar_zoology
 from train.data.mqar import Segment
 from train.errors import UserError
-from train.sharding import BATCH_AXES, batch_sharding
+from train.sharding import rows_over
 
 Evaluate = Callable[[nn.Module, Params], dict[str, float]]
 
@@ -59,7 +59,7 @@ def make_evaluate(
             programs = [_segment_program(model, s, batch_size) for s in segments]
             compiled[id(model)] = (model, programs)
         sums = [
-            program(params, rows, over=_rows_over(params, batch_size))
+            program(params, rows, over=rows_over(params, batch_size))
             for program, rows in zip(compiled[id(model)][1], inputs)
         ]
         return _report(segments, jax.device_get(sums), include_slices)
@@ -115,18 +115,6 @@ def _batch(segment: Segment, rows: dict[str, Array], indices: Array) -> dict[str
         return mqar.examples(segment, indices)
     filler = mqar.fill(segment, indices) if segment.random_non_queries else None
     return mqar.assemble(segment, rows["keys"], rows["values"], rows["slots"], filler)
-
-
-def _rows_over(params: Params, batch_size: int) -> NamedSharding | None:
-    """How rows are spread: over the batch axes of the mesh that holds the parameters, None where that cannot be."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    if not isinstance(sharding, NamedSharding) or not set(BATCH_AXES) <= set(
-        sharding.mesh.axis_names
-    ):
-        return None
-    mesh = sharding.mesh
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    return batch_sharding(mesh) if shards > 1 and batch_size % shards == 0 else None
 
 
 def _report(

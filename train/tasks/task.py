@@ -15,6 +15,7 @@ Program: TypeAlias = (
 )
 Batch: TypeAlias = Any  # a pytree of arrays, leading dimension batch_size
 Metrics: TypeAlias = dict[str, tuple[Array, Array]]  # name -> (sum, count); reported: sum / count
+FOREVER = 2**31 - 1  # steps of a program that never ends
 
 
 @dataclasses.dataclass(frozen=True)
