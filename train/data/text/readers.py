@@ -165,7 +165,7 @@ def _jsonl(part: Part, source: Source, bad: "_BadLines") -> Iterator[str]:
                 continue
             try:
                 record = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 bad.add(f"{where} is not JSON ({error})")
                 continue
             value = record.get(source.text_field) if isinstance(record, dict) else None

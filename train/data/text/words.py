@@ -30,7 +30,8 @@ Tokens: TypeAlias = Int32[np.ndarray, "tokens"]
 Counts: TypeAlias = Int64[np.ndarray, "words"]
 
 _WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's
-_MOST_WORDS = 1 << 19  # remembered before the table is begun anew: about 100 MB
+# What is remembered before the table is begun anew: about 100 MB of short words; few where they are long.
+_MOST_WORDS, _MOST_TOKENS = 1 << 19, 1 << 23
 
 
 @functools.cache
@@ -90,7 +91,7 @@ class WordTable:
             total = int(stops[-1]) if len(stops) else 0
             # out[i] = tokens[start of i's word + i - where that word begins in out]
             tokens = self._tokens[np.repeat(starts - stops + lengths, lengths) + np.arange(total)]
-            if len(self._places) > _MOST_WORDS:
+            if len(self._places) > _MOST_WORDS or len(self._tokens) > _MOST_TOKENS:
                 self._clear()
         stops = np.concatenate([np.zeros(1, np.int64), stops])[np.array(ends, np.int64)]
         return np.split(tokens, stops[:-1]) if len(texts) else []
@@ -100,7 +101,11 @@ class WordTable:
         new, self._places.new = self._places.new, []
         if not new:
             return
-        tokens, counts = self._encode_words(new)
+        try:
+            tokens, counts = self._encode_words(new)
+        except BaseException:  # Ctrl-C: words without tokens must not stay
+            self._clear()
+            raise
         self._tokens = np.concatenate([self._tokens, tokens])
         self._starts = np.concatenate([self._starts, self._starts[-1] + np.cumsum(counts)])
 
