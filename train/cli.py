@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from train.config import KEYS
-from train.config_files import available, load_config
+from train.config_files import available, load_config, variants
 from train.config_paths import Config, get_key, set_key
 from train.errors import UserError
 
@@ -21,7 +21,8 @@ Train a sequence model, or a suite of them.
 
 usage: python -m train --config CONFIG --workdir DIR [--config.key.sub=value ...] [--debug]
 
-  --config CONFIG     a name from the list below, or the path of a Python file with a get_config()
+  --config CONFIG     a name from the list below, or the path of a Python file with a get_config(); a colon and a
+                      word choose a variant of it, as in mqar/based_fig2:reduced
   --workdir DIR       where everything the run produces goes; the same command on the same directory resumes
   --config.KEY=VALUE  override a key of the config, e.g. --config.model.mixers[0].feature_dim=24
   --debug             show the traceback of an error
@@ -60,7 +61,7 @@ def _main(args: list[str]) -> int:
     from train.sharding import make_mesh
 
     check(options.config)
-    if options.config.runs:
+    if options.config.runs or options.config.sweep:
         from train.suite import run_suite
 
         return run_suite(options.config, options.workdir)
@@ -106,7 +107,7 @@ def parse(args: Sequence[str]) -> Options:
         set_key(config, path, values[f"config.{path}"].value)
     if not values["workdir"].value:
         raise UserError(
-            f"--workdir is missing; say where the run goes, e.g. --workdir runs/{Path(name).stem}"
+            f"--workdir is missing; say where the run goes, e.g. --workdir runs/{Path(name.replace(':', '_')).stem}"
         )
     return Options(config, Path(values["workdir"].value))
 
@@ -191,8 +192,14 @@ def help_text() -> str:
         f"  {path:<{max(len(p) for p, _, _ in KEYS)}}  {meaning}  [{_short(default)}]"
         for path, default, meaning in KEYS
     )
-    configs = "\n".join(f"  {name}" for name in available())
+    configs = "\n".join(f"  {_with_variants(name)}" for name in available())
     return f"{USAGE}\nconfigs:\n{configs}\n\nkeys (--config.KEY=VALUE) and their defaults:\n{keys}"
+
+
+def _with_variants(name: str) -> str:
+    """mqar/based_fig2[:full|reduced]"""
+    words = "|".join(variants(name))
+    return f"{name}[:{words}]" if words else name
 
 
 def _short(default: object) -> str:

@@ -1,7 +1,11 @@
-"""Finding and loading the file that `--config mqar/based` means."""
+"""Finding and loading the file that `--config mqar/based` or, with a variant, `--config mqar/based_fig2:reduced` means."""
 
+import ast
 import importlib.util
+import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -29,8 +33,31 @@ def available() -> list[str]:
     return sorted(names)
 
 
+def variants(name: str) -> list[str]:
+    """What may follow `name:` - the words of VARIANTS, a dict or a tuple of strings in the file; [] where it has none.
+
+    Reads the file without running it, so that a help text can list the variants of all configs.
+    """
+    try:
+        tree = ast.parse(find_config(name).read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return []
+    for node in (n for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign))):
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+        if "VARIANTS" in (target.id for target in targets if isinstance(target, ast.Name)):
+            words = getattr(node.value, "keys", None) or getattr(node.value, "elts", [])
+            return [str(word.value) for word in words if isinstance(word, ast.Constant)]
+    return []
+
+
+def split_variant(name: str) -> tuple[str, str | None]:
+    """`mqar/based_fig2:reduced` -> ("mqar/based_fig2", "reduced"); no variant: None. A file of the whole name wins."""
+    head, colon, variant = name.rpartition(":")
+    return (head, variant) if colon and head and not Path(name).is_file() else (name, None)
+
+
 def find_config(name: str) -> Path:
-    """The file of a config: a path that exists wins, then a name of `available()`, with or without `.py`.
+    """The file of a config (its name without a variant): a path that exists wins, then a name of `available()`, with or without `.py`.
 
     Raises:
       UserError: there is no such file; names the nearest config, or lists them.
@@ -49,11 +76,13 @@ def find_config(name: str) -> Path:
 
 
 def load_config(name: str) -> Config:
-    """`get_config()` of the file, locked.
+    """`get_config()` of the file, or `get_config("reduced")` for a name that ends in `:reduced`; locked.
 
     Raises:
-      UserError: no such file, or what stopped Python from reading it: file, line and reason. The cause is chained.
+      UserError: no such file or variant, or what stopped Python from reading it: file, line and reason. The cause is
+        chained.
     """
+    name, variant = split_variant(name)
     path = find_config(name)
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -65,7 +94,7 @@ def load_config(name: str) -> Config:
             raise UserError(
                 f"{path} has no get_config(); it must return the config, starting from train.config.base_config()"
             )
-        config = module.get_config()
+        config = _call(module.get_config, variant, name, path)
     except UserError:
         raise
     except Exception as error:
@@ -77,6 +106,22 @@ def load_config(name: str) -> Config:
             f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict from base_config()"
         )
     return config.lock()
+
+
+def _call(get_config: Callable[..., Any], variant: str | None, name: str, path: Path) -> Any:
+    """get_config() or get_config(variant), if it takes one and VARIANTS, where there is such a list, has that word."""
+    parameters = list(inspect.signature(get_config).parameters.values())
+    known = variants(str(path))
+    if variant is None:
+        if any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters):
+            example = known[0] if known else "VARIANT"
+            raise UserError(f"{name} needs a variant, --config {name}:{example}")
+        return get_config()
+    if not parameters:
+        raise UserError(f"{name} has no variants; write --config {name} without :{variant}")
+    if known and variant not in known:
+        raise UserError(f"{name} has no variant {variant!r}; its variants are {', '.join(known)}")
+    return get_config(variant)
 
 
 def _first_line(error: Exception) -> str:

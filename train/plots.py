@@ -1,18 +1,32 @@
-"""The pictures of a run or a suite: recall against memory, and learning curves.
+"""The pictures of a run or a suite: recall against memory, accuracy against width, and learning curves.
 
 Labels stand beside what they name instead of in a legend; colours are a palette that colour-blind readers can tell apart
 (Okabe and Ito), and every mixer has a marker of its own besides. Files are written whole or not at all.
 """
 
-import itertools
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+
+from train import published as papers
 from train.logs import read_metrics
-from train.points import Point, claim, describe, detail_labels, display_name, mixer_of, read_json
+from train.plot_labels import Label, label_ends, place_labels
+from train.points import (
+    Point,
+    claim,
+    describe,
+    detail_labels,
+    display_name,
+    mixer_of,
+    read_json,
+    segment_of,
+    segment_text,
+)
+from train.published import RecallPoint, WidthPoint
 
 # mixer -> colour, marker. Mixers without an entry take OTHERS in turn.
 STYLES: dict[str, tuple[str, str]] = {
@@ -27,43 +41,136 @@ PALETTE = tuple(colour for colour, _ in (*STYLES.values(), *OTHERS))
 GREY = "#5f6368"
 
 
-class Label(NamedTuple):
-    """A text to stand beside a point: the name of a mixer (large), or what sets the point apart from its siblings."""
+def recall_memory(
+    points: Sequence[Point],
+    path: str | Path,
+    published: Sequence[RecallPoint] = (),
+) -> Path | None:
+    """Recall (accuracy) against state bytes per sequence, log x. The title is the claim that the points support.
 
-    x: int | float
-    y: int | float
-    text: str
-    colour: str
-    is_name: bool
-
-
-def recall_memory(points: Sequence[Point], path: str | Path) -> Path:
-    """Recall (accuracy) against state bytes per sequence, log x. The title is the claim that the points support."""
+    published: drawn as hollow marks, where one of the points is of the same mixer. None where there is no point.
+    """
+    if not points:
+        return None
     figure, axes = _canvas((7.2, 4.6))
     details = detail_labels(points)
     axes.set_xscale("log")
     texts: list[Label] = []
-    for mixer, (colour, marker) in _styles(points).items():
+    styles = _styles(points)
+    published = [p for p in published if p.mixer in styles]
+    for p in published:
+        _hollow(axes, [p.state_bytes], [p.accuracy], styles[p.mixer], p.approximate)
+    for mixer, (colour, marker) in styles.items():
         mine = sorted((p for p in points if p.mixer == mixer), key=lambda p: p.state_bytes)
         xs, ys = [p.state_bytes for p in mine], [p.accuracy for p in mine]
-        axes.plot(xs, ys, color=colour, lw=1.6, alpha=0.55, zorder=2)
-        axes.scatter(xs, ys, color=colour, marker=marker, s=52, zorder=3, edgecolor="white", lw=0.8)
-        named = max(mine, key=lambda p: (p.accuracy, -p.state_bytes))
-        texts.append(Label(named.state_bytes, named.accuracy, display_name(mixer), colour, True))
+        axes.plot(xs, ys, color=colour, lw=1.6, alpha=0.55, zorder=3)
+        axes.scatter(xs, ys, color=colour, marker=marker, s=52, zorder=4, edgecolor="white", lw=0.8)
+        named, *rest = sorted(mine, key=lambda p: (-p.accuracy, p.state_bytes))
+        also = tuple((p.state_bytes, p.accuracy) for p in rest[:6])
+        x, y = named.state_bytes, named.accuracy
+        texts.append(Label(x, y, display_name(mixer), colour, True, also))
         texts += [
             Label(p.state_bytes, p.accuracy, details[p.name], colour, False)
             for p in mine
             if details[p.name]
         ]
-    low, high = min(p.state_bytes for p in points), max(p.state_bytes for p in points)
-    axes.set_xlim(low / 1.9, high * 2.6)
+    sizes = [p.state_bytes for p in (*points, *published)]
+    axes.set_xlim(max(min(sizes), 1) / 1.9, max(sizes) * 2.6)
     axes.set_ylim(-0.06, 1.1)
     _byte_ticks(axes)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+    _accuracy_ticks(axes)
     axes.set_xlabel("state per sequence while decoding")
-    _title(axes, claim(points), _join("recall accuracy", describe(points)))
-    _place_labels(axes, sorted(texts, key=lambda t: not t.is_name))
+    hollow = "hollow: published" if published else ""
+    _title(axes, claim(points), _join("recall accuracy", describe(points), hollow))
+    place_labels(axes, sorted(texts, key=lambda t: not t.is_name))
     return _save(figure, Path(path))
+
+
+def based_fig2(points: Sequence[Point], path: str | Path) -> Path | None:
+    """`recall_memory` with the points of BASED's figure 2, for runs of its mix of segments."""
+    return recall_memory(points, path, papers.RECALL_MEMORY)
+
+
+def accuracy_width(
+    points: Sequence[Point],
+    path: str | Path,
+    published: Sequence[WidthPoint] = (),
+) -> Path | None:
+    """Accuracy against d_model, log2 x: a panel for each test (length and pairs), a line for each mixer through its best.
+
+    published: drawn dashed with hollow marks, for the mixers and lengths that the points have. None where no point is.
+    """
+    points = [point for point in points if "d" in point.detail]
+    if not points:
+        return None
+    tests = sorted({segment_of(point) for point in points})
+    columns = 2 if len(tests) == 4 else min(len(tests), 3)
+    rows = -(-len(tests) // columns)
+    size = (max(4.6 * columns, 7.2), 3.4 * rows + 1)
+    figure, grid = _canvas(size, columns, rows)
+    styles = _styles(points)
+    panels = list(np.ravel(grid))
+    for axes in panels[len(tests) :]:
+        axes.set_visible(False)
+    texts: list[list[Label]] = []
+    for axes, test in zip(panels, tests):
+        here = [point for point in points if segment_of(point) == test]
+        texts.append(
+            _width_panel(axes, here, styles, [p for p in published if p.length == test[0]])
+        )
+        if len(tests) > 1:
+            axes.set_title(segment_text(test), loc="left", fontsize=10, color=GREY)
+    drawn = [p for p in published if p.mixer in styles and p.length in {test[0] for test in tests}]
+    hollow = "hollow, dashed: published" if drawn else ""
+    subtitle = _join("recall accuracy", describe(points, width=False), hollow)
+    _figure_title(figure, claim(points, "width"), subtitle)
+    for axes, labels in zip(panels, texts):
+        place_labels(axes, labels)
+    return _save(figure, Path(path))
+
+
+def _width_panel(
+    axes: Any,
+    points: Sequence[Point],
+    styles: dict[str, tuple[str, str]],
+    published: Sequence[WidthPoint],
+) -> list[Label]:
+    """Draws the lines of one panel and returns the names that belong beside them."""
+    axes.set_xscale("log", base=2)
+    labels, widths = [], {int(p.detail["d"]) for p in points}
+    for mixer, (colour, marker) in styles.items():
+        best: dict[int, float] = {}
+        for point in (p for p in points if p.mixer == mixer):
+            d = int(point.detail["d"])
+            best[d] = max(float(point.accuracy), best.get(d, 0.0))
+        line = sorted(best.items())
+        if not line:
+            continue
+        theirs = [p for p in published if p.mixer == mixer]
+        if theirs:
+            xs, ys = [p.d_model for p in theirs], [p.accuracy for p in theirs]
+            axes.plot(xs, ys, color=colour, lw=1, ls=(0, (4, 3)), alpha=0.45, zorder=2)
+            widths |= set(xs)
+        for p in theirs:
+            _hollow(axes, [p.d_model], [p.accuracy], (colour, marker), p.approximate)
+        xs, ys = [x for x, _ in line], [y for _, y in line]
+        axes.plot(xs, ys, color=colour, lw=1.6, alpha=0.7, zorder=3)
+        axes.scatter(xs, ys, color=colour, marker=marker, s=46, zorder=4, edgecolor="white", lw=0.8)
+        *others, last = line
+        labels.append(Label(*last, display_name(mixer), colour, True, tuple(reversed(others))))
+    ticks = sorted(widths)
+    axes.set_xticks(ticks, [str(d) for d in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
+    axes.set_ylim(-0.06, 1.14)
+    _accuracy_ticks(axes)
+    axes.set_xlabel("width of the model")
+    return labels
+
+
+def zoology_fig2(points: Sequence[Point], path: str | Path) -> Path | None:
+    """`accuracy_width` with the points of Zoology's figure 2, for runs of its lengths."""
+    return accuracy_width(points, path, papers.ACCURACY_WIDTH)
 
 
 def learning_curves(workdir: str | Path, path: str | Path | None = None) -> Path | None:
@@ -79,7 +186,7 @@ def learning_curves(workdir: str | Path, path: str | Path | None = None) -> Path
     ]
     if not panels:
         return None
-    figure, all_axes = _canvas((5.4 * len(panels), 3.8), columns=len(panels))
+    figure, all_axes = _canvas((5.4 * len(panels), 3.8), len(panels))
     for axes, (title, curves) in zip(all_axes if len(panels) > 1 else [all_axes], panels):
         ends = []
         for i, (name, (steps, values)) in enumerate(curves.items()):
@@ -90,19 +197,19 @@ def learning_curves(workdir: str | Path, path: str | Path | None = None) -> Path
             axes.set_ylim(-0.02, 1.05)
         axes.set_xlabel("step")
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        _label_ends(axes, ends)
+        label_ends(axes, ends)
     return _save(figure, Path(path or workdir / "plots" / "learning_curves.png"))
 
 
-def _canvas(size: tuple[float, float], columns: int = 1) -> tuple[Any, Any]:
-    """A figure that belongs to no window and no global state, with a light grid and no frame."""
+def _canvas(size: tuple[float, float], columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    """A figure that belongs to no window and no global state, with a light grid and no frame; its axes, or an array."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, columns)
-    for axes in all_axes if columns > 1 else [all_axes]:
+    all_axes = figure.subplots(rows, columns)
+    for axes in np.ravel(all_axes):
         axes.grid(True, color="#e6e6e6", lw=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -112,10 +219,42 @@ def _canvas(size: tuple[float, float], columns: int = 1) -> tuple[Any, Any]:
     return figure, all_axes
 
 
+def _hollow(
+    axes: Any, xs: list[int], ys: list[float | int], style: tuple[str, str], approximate: bool
+) -> None:
+    """Published points: the outline of the mixer's mark, fainter where the paper's figure hides the place."""
+    colour, marker = style
+    axes.plot(
+        xs,
+        ys,
+        ls="None",
+        marker=marker,
+        ms=6.5,
+        mfc="none",
+        mec=colour,
+        mew=1.1,
+        alpha=0.45 if approximate else 0.8,
+        zorder=2.5,
+    )
+
+
+def _accuracy_ticks(axes: Any) -> None:
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+
+
 def _title(axes: Any, text: str, subtitle: str) -> None:
-    title = textwrap.fill(text, 62)
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=26)
-    axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=9.5, color=GREY)
+    title, pad = textwrap.fill(text, 62), 26 + 13 * subtitle.count("\n")
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=pad)
+    axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=9.5, color=GREY, va="bottom")
+
+
+def _figure_title(figure: Any, text: str, subtitle: str) -> None:
+    """`_title` over several panels. A line that is not drawn keeps the place for the subtitle."""
+    title = textwrap.fill(text, int(figure.get_figwidth() * 8.6))
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent().transformed(figure.transFigure.inverted())
+    figure.text(0.01, box.y0, subtitle, fontsize=9.5, color=GREY, va="bottom")
 
 
 def _styles(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
@@ -147,83 +286,6 @@ def bytes_text(count: float | int) -> str:
     return f"{count:.3g} B"
 
 
-def _place_labels(axes: Any, texts: Sequence[Label]) -> None:
-    """Puts each label beside its point, where it covers least: no marker, no line and no other label if possible."""
-    figure = axes.figure
-    figure.draw_without_rendering()  # settles the layout, so that boxes in pixels mean something
-    renderer = figure.canvas.get_renderer()
-    unit = figure.dpi / 72
-    taken = [box for line in axes.lines for box in _boxes_along(axes, line, unit)]
-    frame = axes.get_window_extent(renderer)
-    for x, y, text, colour, is_name in texts:
-        best, best_cost = None, float("inf")
-        for rank, (dx, dy, ha, va) in enumerate(_PLACES):
-            label = axes.annotate(
-                text,
-                (x, y),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                fontsize=10.5 if is_name else 8.5,
-                fontweight="bold" if is_name else "normal",
-                color=colour,
-                zorder=4,
-            )
-            box = label.get_window_extent(renderer)
-            outside = not (
-                frame.x0 <= box.x0
-                and box.x1 <= frame.x1 + 4 * unit
-                and frame.y0 <= box.y0
-                and box.y1 <= frame.y1
-            )
-            covered = sum(weight for other, weight in taken if box.overlaps(other))
-            cost = covered + 30 * outside + rank / 20
-            if cost < best_cost:
-                if best is not None:
-                    best[0].remove()
-                best, best_cost = (label, (box.padded(unit), 8)), cost
-            else:
-                label.remove()
-        if best is not None:
-            taken.append(best[1])
-
-
-def _boxes_along(axes: Any, line: Any, unit: float | int) -> list[Any]:
-    """What a curve covers, in pixels, and how bad it is to cover that: a box per marker, small boxes along the line."""
-    from matplotlib.transforms import Bbox
-
-    places = [tuple(xy) for xy in axes.transData.transform(line.get_xydata())]
-    boxes = [(Bbox.from_extents(x, y, x, y).padded(4 * unit), 4) for x, y in places]
-    for (x0, y0), (x1, y1) in itertools.pairwise(places):
-        steps = max(int(max(abs(x1 - x0), abs(y1 - y0)) / (5 * unit)), 1)
-        for i in range(1, steps):
-            x, y = x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps
-            boxes.append((Bbox.from_extents(x, y, x, y).padded(unit), 0.5))
-    return boxes
-
-
-# Offsets in points from a marker, and the side of the text that is anchored there, in order of preference.
-_PLACES: tuple[tuple[float, float, str, str], ...] = (
-    (8, 0, "left", "center"),
-    (0, 8, "center", "bottom"),
-    (0, -8, "center", "top"),
-    (-8, 0, "right", "center"),
-    (6, 6, "left", "bottom"),
-    (6, -6, "left", "top"),
-    (-6, 6, "right", "bottom"),
-    (-6, -6, "right", "top"),
-    (0, 19, "center", "bottom"),
-    (0, -19, "center", "top"),
-    (8, 13, "left", "bottom"),
-    (8, -13, "left", "top"),
-    (-8, 13, "right", "bottom"),
-    (-8, -13, "right", "top"),
-    (0, 31, "center", "bottom"),
-    (0, -31, "center", "top"),
-)
-
-
 def _curves(
     runs: dict[str, list[dict[str, Any]]], ending: str
 ) -> dict[str, tuple[list[int], list[Any]]]:
@@ -252,40 +314,15 @@ def _run_colour(run: Path) -> str | None:
     return style and style[0]
 
 
-def _label_ends(axes: Any, ends: Sequence[tuple[float | int, str, str]]) -> None:
-    """Names at the right end of their curves, moved apart where they would cover each other."""
-    low, high = axes.get_ylim()
-    ends = sorted(ends)
-    for at, (_, name, colour) in zip(spread([e[0] for e in ends], (high - low) * 0.055, low), ends):
-        axes.annotate(
-            name,
-            (1.01, at),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8.5,
-            color=colour,
-            annotation_clip=False,
-        )
-
-
-def spread(values: Sequence[float | int], gap: float | int, low: float | int) -> list[float]:
-    """The places closest to ascending `values` (least squares) that are at least `gap` apart and none below `low`.
-
-    With the gaps taken out, that is the closest ascending sequence: neighbours that are out of order share their mean.
-    """
-    groups: list[list[float]] = []  # [sum, count]
-    for i, value in enumerate(values):
-        groups.append([value - i * gap, 1.0])
-        while len(groups) > 1 and groups[-2][0] * groups[-1][1] >= groups[-1][0] * groups[-2][1]:
-            total, count = groups.pop()
-            groups[-1][0] += total
-            groups[-1][1] += count
-    means = [max(total / count, low) for total, count in groups for _ in range(round(count))]
-    return [mean + i * gap for i, mean in enumerate(means)]
-
-
 def _join(*parts: str) -> str:
-    return " · ".join(part for part in parts if part)
+    """The parts with dots between, broken where a line would pass 96 letters."""
+    lines: list[str] = []
+    for part in filter(None, parts):
+        if lines and len(lines[-1]) + len(part) < 93:
+            lines[-1] += f" · {part}"
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -297,3 +334,12 @@ def _save(figure: Any, path: Path) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+# What config.plot names. A figure takes the points and the file to write; None where the points have nothing to show.
+PLOTS: Mapping[str, Callable[[Sequence[Point], Path], Path | None]] = {
+    "recall_memory": recall_memory,
+    "based_fig2": based_fig2,
+    "accuracy_width": accuracy_width,
+    "zoology_fig2": zoology_fig2,
+}

@@ -122,31 +122,48 @@ def detail_labels(points: Sequence[Point]) -> dict[str, str]:
     return labels
 
 
-def describe(points: Sequence[Point]) -> str:
-    """What all points have in common: "MQAR, 64 tokens with 4 pairs, vocabulary 8192, width 64"."""
+def describe(points: Sequence[Point], width: bool = True) -> str:
+    """What all points have in common: "MQAR, 64 tokens with 4 pairs, vocabulary 8192, width 64"; `width` False leaves it out."""
     parts = [
         (lambda c: c["task"].upper()),
-        (lambda c: _segments_text(c["data"]["test"])),
+        (lambda c: _segments_text(c["data"]["test"]) if c["task"] == "mqar" else ""),
         (lambda c: f"vocabulary {c['model']['vocab_size']}"),
-        (lambda c: f"width {c['model']['d_model']}"),
+        (lambda c: f"width {c['model']['d_model']}" if width else ""),
     ]
-    if not all(point.config for point in points):
+    if not points or not all(point.config for point in points):
         return ""
     texts = [{part(point.config) for point in points} for part in parts]
-    return ", ".join(text for same in texts if len(same) == 1 for text in same)
+    return ", ".join(text for same in texts if len(same) == 1 for text in same if text)
 
 
 def _segments_text(segments: Sequence[Mapping[str, Any]]) -> str:
     texts = [f"{s['length']} tokens with {s['num_kv_pairs']} pairs" for s in segments]
-    return " / ".join([*texts[:3], *(["..."] if len(texts) > 3 else [])])
+    if len(texts) <= 3:
+        return " / ".join(texts)
+    last = segments[-1]
+    return f"{texts[0]} to {last['length']} with {last['num_kv_pairs']}"
 
 
-def claim(points: Sequence[Point]) -> str:
-    """The sentence that the points support: which mixers reach SOLVED always, at some state sizes, or never.
+def segment_of(point: Point) -> tuple[int, int]:
+    """(length, pairs) of the segment that the model was tested on; (0, 0) for several, or where no config says it."""
+    segments = point.config["data"]["test"] if point.config.get("task") == "mqar" else ()
+    sizes = {(s["length"], s["num_kv_pairs"]) for s in segments}
+    return sizes.pop() if len(sizes) == 1 else (0, 0)
+
+
+def segment_text(test: tuple[int, int]) -> str:
+    """(64, 4) -> "64 tokens, 4 pairs"."""
+    return f"{test[0]} tokens, {test[1]} pairs" if test != (0, 0) else "several lengths"
+
+
+def claim(points: Sequence[Point], given: str = "state") -> str:
+    """The sentence that the points support: which mixers reach SOLVED always, at some sizes of what is `given`, or never.
 
     >>> claim([Point("a", "attention", 1, 1.0), Point("h", "hyena", 1, 0.3)])
     'Attention solves associative recall; Hyena does not'
     """
+    if any(point.config.get("task", "mqar") != "mqar" for point in points):
+        return f"Accuracy against {given}"
     always, sometimes, never = [], [], []
     for mixer in dict.fromkeys(point.mixer for point in points):
         solved = [p.accuracy >= SOLVED for p in points if p.mixer == mixer]
@@ -158,7 +175,7 @@ def claim(points: Sequence[Point]) -> str:
         parts.append(f"{_words(always)} {_verb(always, 'solve')} associative recall")
     if sometimes:
         solves = "" if always else f" {_verb(sometimes, 'solve')} associative recall"
-        parts.append(f"{_words(sometimes)}{solves} given enough state")
+        parts.append(f"{_words(sometimes)}{solves} given enough {given}")
     text = ", ".join(parts)
     if never:
         text += f"; {_words(never)} {_verb(never, 'do')} not"

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.cli import help_text
 from train.config import KEYS, base_config, differences, dumps, expand_runs, from_plain
-from train.config_files import available, find_config, load_config
+from train.config_files import available, find_config, load_config, split_variant, variants
 from train.config_paths import get_key, nearest, parse_path, set_key, to_plain
 from train.errors import UserError
 
@@ -315,3 +316,76 @@ def test_a_broken_config_file_is_one_line(tmp_path, body, message):
         load_config(str(tmp_path / "bad.py"))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# --- variants -----------------------------------------------------------------------------------------------------
+
+VARIED = """
+from train.config import base_config
+VARIANTS = {}
+def get_config(variant{}):
+    config = base_config()
+    config.steps = {{"long": 9, "short": 2}}[variant]
+    return config
+"""
+
+
+@pytest.fixture
+def varied(tmp_path):
+    path = tmp_path / "varied.py"
+    path.write_text(VARIED.format("('long', 'short')", "='long'"))
+    return path
+
+
+def test_a_variant_stands_after_a_colon(varied):
+    assert variants(str(varied)) == ["long", "short"]
+    assert load_config(str(varied)).steps == 9
+    assert load_config(f"{varied}:short").steps == 2
+
+
+def test_variants_may_be_the_keys_of_a_dict(varied):
+    varied.write_text(VARIED.format("{'long': 1, 'short': 2}", ""))
+    assert variants(str(varied)) == ["long", "short"]
+    with pytest.raises(UserError, match=r"needs a variant, --config .*varied\.py:long"):
+        load_config(str(varied))
+
+
+def test_a_file_of_the_whole_name_wins(varied, tmp_path):
+    other = tmp_path / "varied.py:short"
+    other.write_text("from train.config import base_config as get_config")
+    assert split_variant(str(other)) == (str(other), None)
+    assert split_variant("mqar/based_fig2:reduced") == ("mqar/based_fig2", "reduced")
+    assert split_variant("mqar/based") == ("mqar/based", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "mqar/based_fig2:redcued",
+            "mqar/based_fig2 has no variant 'redcued'; its variants are full, reduced",
+        ),
+        ("mqar/based_fig2:", "its variants are full, reduced"),
+        ("mqar/demo:reduced", "mqar/demo has no variants; write --config mqar/demo without"),
+        ("mqar/basde:reduced", "did you mean mqar/based?"),
+    ],
+)
+def test_an_unknown_variant_is_one_line(name, message):
+    with pytest.raises(UserError) as error:
+        load_config(name)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_may_refuse_a_variant_itself(varied):
+    """Without VARIANTS the file says what is wrong, and a word it does not expect is one line, too."""
+    text = VARIED.format("None", "='long'").replace("VARIANTS = None", "")
+    varied.write_text(text)
+    with pytest.raises(UserError, match=r"varied\.py:6: KeyError: odd"):
+        load_config(f"{varied}:odd")
+    assert variants(str(varied)) == []
+
+
+def test_the_help_lists_variants():
+    assert "mqar/based_fig2[:full|reduced]" in help_text()
+    assert "  mqar/demo\n" in help_text()

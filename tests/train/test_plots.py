@@ -9,11 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.check import CHOICES
 from train.config import base_config, dumps
 from train.errors import UserError
 from train.logs import metrics_line
-from train.plots import STYLES, bytes_text, learning_curves, recall_memory, spread
-from train.points import Point, claim, describe, detail_labels, read_points
+from train.plot_labels import spread
+from train.plots import (
+    PLOTS,
+    STYLES,
+    accuracy_width,
+    based_fig2,
+    bytes_text,
+    learning_curves,
+    recall_memory,
+    zoology_fig2,
+)
+from train.points import Point, claim, describe, detail_labels, read_points, segment_of
+from train.published import ACCURACY_WIDTH, RECALL_MEMORY
 
 
 def finished_run(folder, mixers, accuracy, d_model=64, **summary):
@@ -150,6 +162,145 @@ def test_labels_keep_off_each_other(tmp_path, monkeypatch):
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("m")]
     assert len(boxes) == 10
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that would have been written."""
+    kept = []
+    monkeypatch.setattr("train.plots._save", lambda figure, path: kept.append(figure) or path)
+    return kept
+
+
+def overlapping(figure):
+    """Pairs of texts of a panel that cover each other."""
+    found = []
+    for axes in figure.axes:
+        texts = [text for text in axes.texts if text.get_text()]
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+        found += [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)]
+    return found
+
+
+def hollow(axes):
+    return [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+
+
+def test_sixty_points_on_a_panel(figures, tmp_path):
+    """Every mixer is named, no two texts overlap; which details are left out is for the room to say."""
+    mixers = ("based", "sliding_window", "hyena", "attention")
+    many = [
+        Point(f"{i}", mixers[i % 4], 4000 * 1.12**i, min(1, 0.02 * i), {"f": i, "d": i % 3})
+        for i in range(60)
+    ]
+    recall_memory(many, tmp_path / "figure.png")
+    texts = [text.get_text() for text in figures[0].axes[0].texts]
+    assert {"BASED", "sliding window", "Hyena", "attention"} <= set(texts)
+    assert 10 < len(texts) < 65
+    assert overlapping(figures[0]) == []
+
+
+def test_full_marks_at_every_size(figures, tmp_path):
+    same = [Point(f"b{f}", "based", 10_000 * f, 1.0, {"f": f}) for f in (1, 2, 4, 8, 16)]
+    recall_memory([*same, Point("a", "attention", 200_000, 1.0)], tmp_path / "figure.png")
+    texts = {text.get_text() for text in figures[0].axes[0].texts}
+    assert {"f=1", "f=2", "f=4", "f=8", "f=16", "BASED", "attention"} <= texts
+    assert overlapping(figures[0]) == []
+
+
+def test_the_published_points_are_hollow_and_in_the_colour_of_their_mixer(figures, tmp_path):
+    some = points(attention=[1.0], based=[0.2, 0.7, 1.0], unheard_of=[0.5])
+    based_fig2(some, tmp_path / "figure.png")
+    marks = hollow(figures[0].axes[0])
+    colours = [mark.get_markeredgecolor() for mark in marks]
+    assert colours.count(STYLES["based"][0]) == 16
+    assert colours.count(STYLES["attention"][0]) == 2
+    assert len(marks) == 18  # nothing of mixers that are not there
+    drawn = {tuple(mark.get_xydata()[0]) for mark in marks}
+    assert (40_548, 0.912) in drawn
+    assert drawn <= {(p.state_bytes, p.accuracy) for p in RECALL_MEMORY}
+    low, high = figures[0].axes[0].get_xlim()
+    assert low < 9_396
+    assert high > 2_208_132
+    assert "hollow: published" in figures[0].axes[0].texts[0].get_text()
+    recall_memory(some, tmp_path / "figure.png")
+    assert hollow(figures[1].axes[0]) == []
+
+
+def widths(tmp_path, *runs):
+    """Finished runs of (mixer, length, d_model, accuracy), as points."""
+    for i, (mixer, length, d_model, accuracy) in enumerate(runs):
+        folder = tmp_path / f"run{i}"
+        finished_run(folder, [{"name": mixer}], accuracy, d_model)
+        config = json.loads((folder / "config.json").read_text())
+        config["data"]["test"][0] |= {"length": length, "num_kv_pairs": length // 16}
+        (folder / "config.json").write_text(json.dumps(config))
+    return read_points(tmp_path)
+
+
+def test_accuracy_against_width_has_a_panel_for_each_length(figures, tmp_path):
+    runs = [
+        (m, n, d, a)
+        for n in (64, 128, 256)
+        for d in (64, 128)
+        for m, a in (("attention", 1.0), ("hyena", d / n / 4))
+    ]
+    some = widths(tmp_path, *runs, ("hyena", 64, 64, 0.9))  # the better of two rates counts
+    assert {segment_of(p) for p in some} == {(64, 4), (128, 8), (256, 16)}
+    zoology_fig2(some, tmp_path / "figure.png")
+    panels = figures[0].axes
+    titles = [axes.get_title(loc="left") for axes in panels]
+    assert titles == ["64 tokens, 4 pairs", "128 tokens, 8 pairs", "256 tokens, 16 pairs"]
+    for axes, length in zip(panels, (64, 128, 256)):
+        published = {(p.d_model, p.accuracy) for p in ACCURACY_WIDTH if p.length == length}
+        marks = hollow(axes)
+        assert len(marks) == 8  # two mixers at four widths
+        assert {tuple(mark.get_xydata()[0]) for mark in marks} <= published
+        ours = [line for line in axes.lines if line.get_linestyle() == "-"]
+        assert len(ours) == 2
+        assert [text.get_text() for text in axes.texts] == ["attention", "Hyena"]
+    (first,) = [
+        line for line in panels[0].lines
+        if line.get_linestyle() == "-" and line.get_color() == STYLES["hyena"][0]
+    ]  # fmt: skip
+    assert first.get_xydata().tolist() == [[64, 0.9], [128, 0.5]]
+    assert overlapping(figures[0]) == []
+    assert claim(some, "width") == "Attention solves associative recall; Hyena does not"
+
+
+def test_what_cannot_be_drawn_is_left_out(figures, tmp_path):
+    assert accuracy_width([Point("x", "based", 1, 0.5)], tmp_path / "figure.png") is None
+    for draw in PLOTS.values():
+        assert draw([], tmp_path / "figure.png") is None
+    assert figures == []
+
+
+def test_a_text_task_is_not_described_as_recall(tmp_path):
+    finished_run(tmp_path / "a", based(8), 0.4)
+    config = json.loads((tmp_path / "a" / "config.json").read_text()) | {"task": "text"}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    some = read_points(tmp_path)
+    assert describe(some) == "TEXT, vocabulary 8192, width 64"
+    assert claim(some) == "Accuracy against state"
+    assert PLOTS["recall_memory"](some, tmp_path / "figure.png").exists()
+    assert PLOTS["zoology_fig2"](some, tmp_path / "figure.png").exists()
+
+
+def test_a_mix_of_many_segments_is_described_by_its_ends(tmp_path):
+    finished_run(tmp_path / "a", based(8), 0.4)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["data"]["test"] = [
+        {"length": 64 * n, "num_kv_pairs": 4 * n, "num_examples": 9} for n in (1, 2, 3, 4)
+    ]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    (point,) = read_points(tmp_path)
+    text = "MQAR, 64 tokens with 4 pairs to 256 with 16, vocabulary 8192"
+    assert describe([point], width=False) == text
+    assert segment_of(point) == (0, 0)
+
+
+def test_a_config_can_ask_for_every_figure():
+    assert set(CHOICES["plot"]) == {"", *PLOTS}
 
 
 def test_learning_curves_of_a_run_and_of_a_suite(tmp_path):
