@@ -2,6 +2,8 @@
 
     python -m eval bench                                                   a quick set, ours alone
     python -m eval bench --peer_python ~/torch311/bin/python --zoology ~/zoology --json steps.json
+    python -m eval bench --text_step --peer_python ~/torch311/bin/python   the hybrid and the Transformer of configs/text/small
+    taskset -c 0 python -m eval bench --text_input corpus.txt              tokenising, per core
     python -m eval bench --op based attention sliding_window long_conv --json ops.json
 
 Training step: all of it, for two layers [base_conv k=3, mixer], d 64, vocabulary 8192, 4 labels per sequence, AdamW, no
@@ -23,6 +25,14 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_step", action="store_true", help="measure training steps")
+    parser.add_argument(
+        "--text_step", action="store_true", help="measure the training steps of text/small"
+    )
+    parser.add_argument(
+        "--text_input",
+        metavar="PATH",
+        help="measure tokenising and batches of a file or folder (PATH as config.data.path)",
+    )
     parser.add_argument("--op", nargs="+", choices=OPS, default=[], help="measure these ops")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
     steps = parser.add_argument_group("training steps")

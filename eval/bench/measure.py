@@ -13,6 +13,8 @@ from eval.bench import LENGTHS, QUICK_LENGTHS
 from eval.bench.compare import allocators, compare, parse_cases, parse_peer
 from eval.bench.ops import measure_op
 from eval.bench.tables import defeats, findings, op_tables, parts_table, step_table
+from eval.bench.text_input import measure_text_input, text_input_table
+from eval.bench.text_step import VARIANTS, compare_text, text_table
 from eval.bench.timing import machine
 from train.errors import UserError
 from train.run_directory import write_atomically
@@ -29,8 +31,9 @@ def run(args: argparse.Namespace) -> None:
     if not out.is_terminal:
         out = Console(markup=False, width=120)  # a file or a pipe has no width to fit
     with_steps, ops, lengths = plan(args)
-    cases, peer = parse_cases(args) if with_steps else [], parse_peer(args)
-    results: dict[str, Any] = {"machine": machine(), "train_step": [], "ops": []}
+    cases, peer = (parse_cases(args), parse_peer(args)) if with_steps else ([], None)
+    parts = ("train_step", "text_step", "text_input", "ops")
+    results: dict[str, Any] = {"machine": machine(), **{part: [] for part in parts}}
     out.print(describe(results["machine"]), soft_wrap=True)
 
     def tick(what: str) -> None:
@@ -51,20 +54,33 @@ def run(args: argparse.Namespace) -> None:
                 )
                 results["train_step"].append({"allocator": name, **row})
                 save()
+        for variant in VARIANTS if args.text_step else ():
+            results["text_step"].append(compare_text(variant, args.peer_python, args.rounds, tick))
+            save()
+        if args.text_input is not None:
+            results["text_input"].append(measure_text_input(args.text_input, args.rounds, tick))
+            save()
         for op in ops:
             results["ops"].append(
                 measure_op(op, lengths, args.repeats, args.memory, args.window, tick)
             )
             save()
-    report(out, results["train_step"], results["ops"])
+    if cases or ops:
+        report(out, results["train_step"], results["ops"])
+    if results["text_step"]:
+        out.print(text_table(results["text_step"]))
+    for result in results["text_input"]:
+        out.print(text_input_table(result))
     if args.json:
         out.print(f"every number: {args.json}", soft_wrap=True)
 
 
 def plan(args: argparse.Namespace) -> tuple[bool, list[str], Sequence[int]]:
     """(whether to measure training steps, which ops, at which lengths). Asked for nothing: a quick set of both."""
-    asked = args.train_step or args.op or args.peer_python or args.zoology
-    with_steps = not asked or args.train_step or bool(args.peer_python or args.zoology)
+    text = args.text_step or args.text_input is not None
+    asked = args.train_step or args.op or args.peer_python or args.zoology or text
+    peer = args.zoology or (args.peer_python and not args.text_step)
+    with_steps = not asked or args.train_step or bool(peer)
     ops = args.op if asked else ["based"]
     return with_steps, ops, args.lengths or (LENGTHS if asked else QUICK_LENGTHS)
 
