@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import chunked, quadratic, reference
+from pallas_kernels.attention import chunked, quadratic, reference, shipped
 from pallas_kernels.attention.decode import one_row
 from pallas_kernels.attention.inputs import Inputs, check_name, prepare, zero_padded
 from pallas_kernels.attention.rows import Rule, fold, unfold
 
-IMPLEMENTATIONS = ("reference", "quadratic", "chunked", "decode")
+IMPLEMENTATIONS = ("reference", "quadratic", "chunked", "decode", *shipped.NAMES)
 QUADRATIC_UP_TO = 512
 FEW_QUERIES = 64  # against any number of keys: their weights are no larger than the keys
 
@@ -37,7 +37,8 @@ def attention(
     whatever their slots hold (NaN included) reaches neither outputs nor gradients. A query that sees no key gives 0.
     dropout_rate, dropout_key: weights are dropped after normalisation and the rest scaled by 1 / (1 - rate). The same key
     drops the same weights in every implementation.
-    implementation: "quadratic" (t x s weights), "chunked" (linear memory), "decode" (t = 1 only), "reference", or None for
+    implementation: "quadratic" (t x s weights), "chunked" (linear memory), "decode" (t = 1 only), "reference"; "splash" (TPU)
+    and "cudnn" (GPU), which JAX ships (shipped.py); or None: the platform's shipped kernel where it takes the call, otherwise
     the fastest of the first three by length.
 
     Raises ValueError for shapes that do not fit, a dropout rate outside [0, 1) or without a key, and an implementation
@@ -53,16 +54,23 @@ def run(inputs: Inputs, rate: float, implementation: str | None) -> Float[Array,
     t, s = inputs.q.shape[1], inputs.k.shape[1]
     if t == 0:
         return jnp.zeros(inputs.q.shape[:3] + inputs.v.shape[3:], inputs.q.dtype)
-    implementation = implementation or fastest(t, s)
+    if implementation is None:
+        out = shipped.take_over(inputs, rate, None, lambda i: _run(i, rate, fastest(t, s)))
+    elif implementation in shipped.NAMES:
+        out = shipped.force(implementation, inputs, rate, None)
+    else:
+        out = _run(inputs, rate, implementation)
+    return zero_padded(out, inputs.q_ids)
+
+
+def _run(inputs: Inputs, rate: float, implementation: str) -> Float[Array, "b t h v"]:
     *arrays, scale = inputs
     if implementation == "decode":
-        out = decode(inputs, rate)
-    elif implementation == "reference":
-        out = reference.attention(*arrays, scale=scale, rate=rate)
-    else:
-        form = quadratic.attention if implementation == "quadratic" else chunked.attention
-        out = unfold(form(Rule(scale, rate), *fold(*arrays)), inputs.q.shape[0])
-    return zero_padded(out, inputs.q_ids)
+        return decode(inputs, rate)
+    if implementation == "reference":
+        return reference.attention(*arrays, scale=scale, rate=rate)
+    form = quadratic.attention if implementation == "quadratic" else chunked.attention
+    return unfold(form(Rule(scale, rate), *fold(*arrays)), inputs.q.shape[0])
 
 
 def decode(inputs: Inputs, rate: float) -> Float[Array, "b 1 h v"]:

@@ -3,8 +3,9 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention import shipped
 from pallas_kernels.attention.api import decode, run
-from pallas_kernels.attention.inputs import check_name, prepare, zero_padded
+from pallas_kernels.attention.inputs import Inputs, check_name, prepare, zero_padded
 from pallas_kernels.sliding_window import chunked, quadratic, reference
 
 FORMS = {
@@ -12,7 +13,7 @@ FORMS = {
     "quadratic": quadratic.attention,
     "chunked": chunked.attention,
 }
-IMPLEMENTATIONS = (*FORMS, "decode")
+IMPLEMENTATIONS = (*FORMS, "decode", *shipped.NAMES)
 
 
 def sliding_window(
@@ -34,7 +35,8 @@ def sliding_window(
     `pallas_kernels.attention`. (Longformer, arXiv 2004.05150, one-sided.)
 
     implementation: "chunked" (the band only, O(t window) time and memory), "quadratic" (t x s weights), "decode" (t = 1
-    only), "reference", or None for the fastest of the first three by length.
+    only), "reference"; "splash" (TPU) and "cudnn" (GPU), which JAX ships (attention/shipped.py); or None: the platform's
+    shipped kernel where it takes the call, otherwise the fastest of the first three by length.
 
     Raises ValueError for a window below 1, and as `attention` does.
     """
@@ -45,12 +47,20 @@ def sliding_window(
     t, s = q.shape[1], k.shape[1]
     if t == 0 or (implementation is None and window >= s):
         return run(inputs, dropout_rate, None)
-    implementation = implementation or fastest(t, window)
-    if implementation == "decode":
-        out = decode(inputs.last_keys(window), dropout_rate)
+    if implementation is None:
+        run_form = lambda i: _run(i, dropout_rate, window, fastest(t, window))
+        out = shipped.take_over(inputs, dropout_rate, window, run_form)
+    elif implementation in shipped.NAMES:
+        out = shipped.force(implementation, inputs, dropout_rate, window)
     else:
-        out = FORMS[implementation](inputs, dropout_rate, window)
+        out = _run(inputs, dropout_rate, window, implementation)
     return zero_padded(out, q_segment_ids)
+
+
+def _run(inputs: Inputs, rate: float, window: int, implementation: str) -> Float[Array, "b t h v"]:
+    if implementation == "decode":
+        return decode(inputs.last_keys(window), rate)
+    return FORMS[implementation](inputs, rate, window)
 
 
 def fastest(t: int, window: int) -> str:
