@@ -5,14 +5,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from train.config import base_config, expand_runs, from_plain
-from train.config_paths import Config, get_key, nearest, to_plain
+from train.config import base_config
+from train.config_paths import Config, get_key, nearest
 from train.errors import UserError
+from train.sweep import Job, expand_jobs
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.mode": ("device", "zoology"),
     "model.dtype": ("float32", "bfloat16"),
-    "plot": ("", "recall_memory"),
+    "plot": ("", "recall_memory", "based_fig2", "accuracy_width", "zoology_fig2"),
 }
 AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("steps", "batch_size", "steps_per_call", "max_bad_steps"), 1),
@@ -28,19 +29,38 @@ FRACTIONS = ("model.embed_dropout", "model.resid_dropout", "optimizer.final_frac
 
 
 def check(config: Config) -> None:
-    """Raises UserError for the first value that cannot work. A suite is checked run by run."""
+    """Raises UserError for the first value that cannot work. A suite or a sweep is checked run by run."""
     _check_known(config)
-    if config.runs:
-        for name, run in expand_runs(config):
-            try:
-                check(run)
-            except UserError as error:
-                raise UserError(f"run {name!r}: {error}") from error
+    if config.runs or config.sweep:
+        for job in expand_jobs(config):
+            _check_job(job)
         return
     _check_values(config)
     _check_optimizer(config)
     check_model(config)
     _check_task(config)
+
+
+def _check_job(job: Job) -> None:
+    """One point whole, and of the others what a learning rate or a seed can break."""
+    first, *others = job.points
+    for point, check_it in ((first, check), *((p, _check_numbers) for p in others)):
+        try:
+            check_it(point.config)
+        except UserError as error:
+            if not point.name:
+                raise
+            raise UserError(f"run {point.name!r}: {error}") from error
+    if len(job.points) > 1 and job.config.log.wandb:
+        raise UserError(
+            "config.log.wandb=true cannot follow the points of a grid, which train at the same time; leave it out (every point "
+            "has its metrics.jsonl and TensorBoard events)"
+        )
+
+
+def _check_numbers(config: Config) -> None:
+    _check_values(config)
+    _check_optimizer(config)
 
 
 def _check_known(config: Config) -> None:
@@ -129,13 +149,13 @@ def _check_mixer(path: str, mixer: Mapping[str, Any]) -> None:
 
 
 def _check_task(config: Config) -> None:
-    """The task's own checks. Data that is drawn ahead of time is not drawn here, which could take minutes."""
-    from train.tasks import TASKS, build_task
+    """The task's own checks."""
+    from train.tasks import CHECKS
 
-    if config.task not in TASKS:
-        near = nearest(config.task, list(TASKS))
+    if config.task not in CHECKS:
+        near = nearest(config.task, list(CHECKS))
         hint = f"; did you mean {near}?" if near else ""
-        raise UserError(f"config.task must be one of {', '.join(TASKS)}, got {config.task!r}{hint}")
-    probe = from_plain(to_plain(config))
-    probe.data.mode = "device"
-    build_task(probe)
+        raise UserError(
+            f"config.task must be one of {', '.join(CHECKS)}, got {config.task!r}{hint}"
+        )
+    CHECKS[config.task](config)

@@ -54,7 +54,7 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("data.tokenizer", "bytes", "bytes, bpe (trained on the text, model.vocab_size tokens), a tokenizer.json, or a folder of GPT-2's files"),
     ("data.length", 256, "text: tokens of a row; documents are packed into rows"),
     ("data.text_field", "text", "the field of a .jsonl line, the column of a .parquet file or the feature of a tfds set that holds the text"),
-    ("data.separator", "<|endoftext|>", "what stands between the documents of a .txt file; empty = a file is one document"),
+    ("data.separator", "<|endoftext|>", "the line that stands between the documents of a .txt file; empty = a file is one document"),
     ("data.errors", "strict", "bytes that are not UTF-8: strict (stop and name the place) or replace"),
     ("data.max_bad_lines", 10, "unreadable .jsonl lines that are passed over (and counted) before the run stops"),
     ("data.sample_prompt", "", "text: what the sample at the end of the run begins with"),
@@ -89,6 +89,7 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("eval.stop_metric", "", "stop when this metric reaches stop_value, e.g. eval/accuracy"),
     ("eval.stop_value", 0.0, "see stop_metric"),
     ("runs", (), "a suite: ({'name': ..., 'model.d_model': ..., any other key}, ...), trained one after the other"),
+    ("sweep", (), "({'learning_rate': [...], 'seed': [...], 'model.d_model': [...]}, ...): the product of each dict's lists; learning rates and seeds train in one program"),
     ("plot", "", "a suite's figure: recall_memory"),
 )
 # fmt: on
@@ -164,7 +165,7 @@ def expand_runs(config: Config) -> list[tuple[str, Config]]:
             raise UserError(
                 f"config.runs has two runs named {name!r}; each needs its own directory"
             )
-        run = from_plain({**to_plain(config), "runs": [], "plot": ""})
+        run = from_plain({**to_plain(config), "runs": [], "sweep": [], "plot": ""})
         for path, value in overrides.items():
             if path != "name":
                 set_key(run, path, value, where=f"run {name!r}: ")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
@@ -100,7 +99,7 @@ def run(
 
 def train(session: Session, state: TrainState, step: int, stop: list[int]) -> TrainState:
     """Steps until the last one, or until config.eval.stop_metric is reached."""
-    config, task, call = session.config, session.task, session.training.call
+    config, task = session.config, session.task
     log_every, eval_every = config.log.every_steps, config.eval.every_steps
     save_every = config.checkpoint.every_steps
     while step < config.steps and not session.reached_goal(step):
@@ -111,7 +110,7 @@ def train(session: Session, state: TrainState, step: int, stop: list[int]) -> Tr
         with session.waiting_for_input():
             inputs = task.inputs(step, count)
         with session.compiling(program):
-            state, report = call(state, inputs, np.int32(count), np.bool_(fresh), program=program)
+            state, report = session.call(state, inputs, count, fresh, program)
         step += count
         session.queue(step, count, program, report, state)
         if eval_every and step % eval_every == 0:
@@ -143,6 +142,7 @@ def summarise(session: Session, state: TrainState) -> dict[str, Any]:
     wall, training = session.wall_seconds, session.training_seconds
     return {
         "metrics": session.train_metrics | session.evaluation,
+        "metric": list(session.task.best),
         "best": session.best,
         "steps": int(state.step),
         "stopped_early": int(state.step) < session.config.steps,

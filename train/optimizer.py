@@ -10,6 +10,7 @@ Weight decay is decoupled for all of them: what is subtracted is eta * lambda * 
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from train.errors import UserError
 from train.sharding import path_name
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+Rate = Callable[[Any, Int[Array, ""]], Float[Array, ""]]
 Mask = Callable[[Any], Any]
 _PER_TOKEN = r"(^|/)(\w*embed\w*|lm_head)(/|$)"  # parameters with a row or a column per token
 
@@ -48,23 +50,33 @@ def make_schedule(config: ConfigDict) -> Schedule:
     """The learning rate as a function of the number of steps taken before this one.
 
     Raises:
+      UserError: as make_rate, or a peak that is not positive.
+    """
+    rate = make_rate(config)
+    if not config.learning_rate > 0:
+        raise UserError(f"config.learning_rate must be positive, got {config.learning_rate}")
+    return partial(rate, float(config.learning_rate))
+
+
+def make_rate(config: ConfigDict) -> Rate:
+    """(peak, steps taken before this one) -> learning rate. The peak may be traced: config.learning_rate is not read.
+
+    Raises:
       UserError: an unknown name, or lengths that do not fit config.steps.
     """
     c = config.optimizer
     shape = _choose(SCHEDULES, c.schedule, "config.optimizer.schedule")(config)
-    if not config.learning_rate > 0:
-        raise UserError(f"config.learning_rate must be positive, got {config.learning_rate}")
     if not 0 <= c.warmup_steps < config.steps:
         raise UserError(
             f"config.optimizer.warmup_steps={c.warmup_steps} must lie between 0 and config.steps={config.steps}"
         )
-    peak, warmup = float(config.learning_rate), int(c.warmup_steps)
+    warmup = int(c.warmup_steps)
 
-    def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-        rate = peak * shape(step)
-        return rate * jnp.minimum(1.0, (step + 1) / warmup) if warmup else jnp.asarray(rate)
+    def rate(peak: Any, step: Int[Array, ""]) -> Float[Array, ""]:
+        value = peak * shape(step)
+        return value * jnp.minimum(1.0, (step + 1) / warmup) if warmup else jnp.asarray(value)
 
-    return schedule
+    return rate
 
 
 # --- optimisers: (config.optimizer, decay mask) -> transformation at learning rate 1 ---------------------------------
@@ -137,7 +149,7 @@ def decay_matrices(params: Any) -> Any:
 DECAY_MASKS: Mapping[str, Mask] = {"all": decay_all, "matrices": decay_matrices}
 
 
-# --- schedules: config -> (step -> fraction of the peak); warm-up is multiplied in by make_schedule ------------------
+# --- schedules: config -> (step -> fraction of the peak); warm-up is multiplied in by make_rate ------------------
 
 
 def _constant(config: ConfigDict) -> Schedule:

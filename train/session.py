@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -16,7 +17,7 @@ from train.checkpoint import Checkpoints
 from train.config_paths import to_plain
 from train.errors import UserError
 from train.state import TrainState
-from train.step import OWN_METRICS, Training
+from train.step import OWN_METRICS, Report
 from train.tasks import Task
 
 IN_FLIGHT = 2  # calls queued on the device before the host waits
@@ -33,7 +34,7 @@ class Session:
         config: ConfigDict,
         task: Task,
         model: nn.Module,
-        training: Training,
+        training: Any,  # Training, or the Grid of a grid's session
         logger: Any,
         checkpoints: Checkpoints | None,
     ):
@@ -46,7 +47,9 @@ class Session:
         self.skipped = self.tokens = self._tokens_read = 0
         self.earlier_seconds = self.earlier_training_seconds = 0.0
         self.other_seconds = 0.0  # compiling and evaluating
-        self.input_wait_seconds = 0.0  # the host waiting for data, while the device still has calls to run
+        self.input_wait_seconds = (
+            0.0  # the host waiting for data, while the device still has calls to run
+        )
         self._started = self._saved = self._ready = time.monotonic()
         self._saved_step = -1
         self._queued: deque[tuple[int, int, Hashable, Any]] = deque()
@@ -77,6 +80,10 @@ class Session:
             self._ready = time.monotonic()
             self.other_seconds += self._ready - before
 
+    def call(self, state: Any, inputs: Any, count: int, fresh: bool, program: Hashable) -> Any:
+        """The next steps, on the device: (state, report)."""
+        return self.training.call(state, inputs, np.int32(count), np.bool_(fresh), program=program)
+
     def queue(self, step: int, count: int, program: Hashable, report: Any, state: Any) -> None:
         """Takes the report of a call that ends at `step`, and reads the oldest if too many wait."""
         self.tokens += count * self.task.tokens_per_step(program)
@@ -97,10 +104,14 @@ class Session:
         self._ready = now
         if report.bad_streak > self.config.max_bad_steps:
             self._give_up(state, report.bad_streak)
-        self.skipped = report.skipped
         self._tokens_read += count * self.task.tokens_per_step(program)
         here = self.training_seconds - self.earlier_training_seconds
         self.logger.progress(step, {"tokens_per_second": self._tokens_read / max(here, 1e-9)})
+        self.log_report(step, report)
+
+    def log_report(self, step: int, report: Report) -> None:
+        """A line of the log where `step` ends one."""
+        self.skipped = report.skipped
         every = self.config.log.every_steps
         if (every and step % every == 0) or step == self.config.steps:
             self.train_metrics = {
@@ -206,14 +217,17 @@ class Session:
 
     def recall(self, meta: dict[str, Any], step: int) -> None:
         """Goes on from what `_meta` returned."""
+        self.recall_numbers(meta, step)
+        if self.task.iterator:
+            self.task.iterator.set_state(meta["iterator"])
+
+    def recall_numbers(self, meta: dict[str, Any], step: int) -> None:
         self.evaluation, self.evaluated_step = meta["evaluation"], meta["evaluated_step"]
         self.best, self.train_metrics = meta["best"], meta["train_metrics"]
         self.skipped, self.tokens = meta["skipped"], meta["tokens"]
         self.earlier_seconds = meta["wall_seconds"]
         self.earlier_training_seconds = meta["training_seconds"]
         self.input_wait_seconds = meta.get("input_wait_seconds", 0.0)
-        if self.task.iterator:
-            self.task.iterator.set_state(meta["iterator"])
         self._saved_step = step
 
     # --- the end ---

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from train import sharding
-from train.optimizer import Schedule, make_optimizer, make_schedule
+from train.optimizer import Rate, make_optimizer, make_rate, make_schedule
 from train.state import Sums, TrainState, init_state
 from train.tasks import Task
 
@@ -44,10 +44,21 @@ class Report(NamedTuple):
         return {name: total / count for name, (total, count) in self.sums.items() if count}
 
 
+class Hyperparameters(NamedTuple):
+    """What the points of a grid (train/grid.py) differ in, and a compiled step may therefore take as traced values.
+
+    learning_rate: the peak, a float or float32[].
+    dropout_key: the key that every step folds its number into; None where the model drops nothing.
+    """
+
+    learning_rate: Any
+    dropout_key: Array | None
+
+
 class Training(NamedTuple):
     """The compiled parts of a run, and how its state is laid out."""
 
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]  # () or (key)
     call: TrainCall
     read: Callable[[Float[Array, " report"]], Report]
     abstract: TrainState  # shapes, dtypes and shardings of the state
@@ -59,47 +70,31 @@ def make_training(config: ConfigDict, model: nn.Module, task: Task, mesh: Mesh) 
     Raises:
       UserError: see train.optimizer.
     """
-    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    make_schedule(config)  # refuses a rate that is not positive
+    optimizer = make_optimizer(config)
     key = jax.random.key(config.seed)
-    names = (*sorted(_task_metrics(model, task)), *OWN_METRICS)
+    names = metric_names(model, task)
     init = partial(init_state, model, task, optimizer, metric_names=names)
     shapes = jax.eval_shape(init, key)
     layout = sharding.shardings(shapes, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
     )
-    one_step = partial(
-        train_step,
-        gradients=make_gradients(config, model, task, mesh),
-        optimizer=optimizer,
-        schedule=schedule,
-        clip_norm=float(config.optimizer.clip_norm),
-    )
-    call = make_call(one_step, task, mesh, config.max_bad_steps, dropout_key(config), layout)
+    advance = make_advance(make_step(config, model, task, mesh), task, config.max_bad_steps)
+    point = Hyperparameters(float(config.learning_rate), dropout_key(config))
     # LLVM's best takes a second on a program that runs once; level 1 gives the same bits in half of it.
     cheap = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    compiled_init = jax.jit(init, out_shardings=layout, compiler_options=cheap)
     return Training(
-        init=lambda: jax.jit(init, out_shardings=layout, compiler_options=cheap)(key),
-        call=call,
-        read=partial(_read_report, names),
+        init=lambda key=key: compiled_init(key),
+        call=make_call(partial(advance, point), mesh, layout),
+        read=partial(read_report, names),
         abstract=abstract,
     )
 
 
-def make_call(
-    one_step: Callable[..., TrainState],
-    task: Task,
-    mesh: Mesh,
-    max_bad_steps: int,
-    key: Array | None,
-    layout: Any,
-) -> TrainCall:
-    """The jitted function of the module's docstring. The state is donated: use the one that comes back.
-
-    program: static, what `task.batch` needs to know to trace. inputs: arrays for these steps. count: int32[].
-    fresh: bool[], start the metric sums again (the last call ended on a log line).
-    Steps stop early, and for good, once more than max_bad_steps gradients in a row were not finite.
-    """
+def make_call(advance: Callable[..., Any], mesh: Mesh, layout: Any) -> TrainCall:
+    """The jitted function of the module's docstring. The state is donated: use the one that comes back."""
 
     @partial(
         jax.jit,
@@ -110,9 +105,30 @@ def make_call(
     def train_call(
         state: TrainState, inputs: Any, count: Array, fresh: Array, *, program: Hashable
     ) -> tuple[TrainState, Float[Array, " report"]]:
-        sums = jax.tree.map(lambda x: jnp.where(fresh, 0, x), state.sums)
-        state = dataclasses.replace(state, sums=sums)
+        return advance(state, inputs, count, fresh, program=program)
 
+    return train_call
+
+
+def make_advance(
+    one_step: Callable[..., TrainState], task: Task, max_bad_steps: int
+) -> Callable[..., tuple[TrainState, Float[Array, " report"]]]:
+    """The traced body of a call: (hyperparameters, state, inputs, count, fresh, program) -> (state, report).
+
+    program: static, what `task.batch` needs to know to trace. inputs: arrays for these steps. count: int32[].
+    fresh: bool[], start the metric sums again (the last call ended on a log line).
+    Steps stop early, and for good, once more than max_bad_steps gradients in a row were not finite.
+    """
+
+    def advance(
+        point: Hyperparameters,
+        state: TrainState,
+        inputs: Any,
+        count: Array,
+        fresh: Array,
+        *,
+        program: Hashable,
+    ) -> tuple[TrainState, Float[Array, " report"]]:
         def unfinished(carry):
             offset, state = carry
             return (offset < count) & (state.bad_streak <= max_bad_steps)
@@ -120,24 +136,52 @@ def make_call(
         def body(carry):
             offset, state = carry
             batch = task.batch(program, inputs, state.step, offset)
-            rng = None if key is None else jax.random.fold_in(key, state.step)
-            return offset + 1, one_step(state, batch, rng)
+            return offset + 1, one_step(point, state, batch)
 
-        _, state = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))
-        report = [state.skipped, state.bad_streak, *jax.tree.leaves(state.sums)]
-        return state, jnp.stack([jnp.asarray(x, jnp.float32) for x in report])
+        start = (jnp.zeros((), jnp.int32), with_fresh_sums(state, fresh))
+        _, state = jax.lax.while_loop(unfinished, body, start)
+        return state, make_report(state)
 
-    return train_call
+    return advance
+
+
+def with_fresh_sums(state: TrainState, fresh: Array) -> TrainState:
+    """The state with its metric sums at zero where `fresh`."""
+    sums = jax.tree.map(lambda x: jnp.where(fresh, jnp.zeros_like(x), x), state.sums)
+    return dataclasses.replace(state, sums=sums)
+
+
+def make_report(state: TrainState) -> Float[Array, " report"]:
+    """What `read_report` reads."""
+    report = [state.skipped, state.bad_streak, *jax.tree.leaves(state.sums)]
+    return jnp.stack([jnp.asarray(x, jnp.float32) for x in report])
+
+
+def make_step(
+    config: ConfigDict, model: nn.Module, task: Task, mesh: Mesh | None
+) -> Callable[[Hyperparameters, TrainState, Any], TrainState]:
+    """`train_step` of a config as a function of what is traced. mesh None: the step belongs to one device.
+
+    Raises:
+      UserError: see train.optimizer.
+    """
+    return partial(
+        train_step,
+        gradients=make_gradients(config, model, task, mesh),
+        optimizer=make_optimizer(config),
+        rate_at=make_rate(config),
+        clip_norm=float(config.optimizer.clip_norm),
+    )
 
 
 def train_step(
+    point: Hyperparameters,
     state: TrainState,
     batch: Any,
-    rng: Array | None,
     *,
     gradients: Callable[..., tuple[Any, Sums]],
     optimizer: optax.GradientTransformation,
-    schedule: Schedule,
+    rate_at: Rate,
     clip_norm: float,
 ) -> TrainState:
     """One update, or, where the gradient's norm is not finite, none: parameters, moments and sums stay, the step counts.
@@ -145,10 +189,12 @@ def train_step(
     The norm is computed once: it is logged, it clips (g <- g min(1, clip_norm / |g|)), and it tells whether every
     gradient is finite. (A float32 norm overflows at 1.8e19; such a gradient is of no use either.)
     """
+    key = point.dropout_key
+    rng = None if key is None else jax.random.fold_in(key, state.step)
     grads, metrics = gradients(state.params, batch, rng)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
-    rate = schedule(state.step)
+    rate = rate_at(point.learning_rate, state.step)
     if clip_norm:
         scale = jnp.where(norm > clip_norm, clip_norm / norm, 1.0)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
@@ -177,7 +223,7 @@ def train_step(
 
 
 def make_gradients(
-    config: ConfigDict, model: nn.Module, task: Task, mesh: Mesh
+    config: ConfigDict, model: nn.Module, task: Task, mesh: Mesh | None
 ) -> Callable[..., tuple[Any, Sums]]:
     """(params, batch, rng) -> (gradient of the mean loss, metric sums), in config.optimizer.accumulate parts.
 
@@ -185,10 +231,10 @@ def make_gradients(
     also when the parts hold different numbers of labels.
     """
     parts = int(config.optimizer.accumulate)
-    over_batch = sharding.batch_sharding(mesh)
+    over_batch = None if mesh is None else sharding.batch_sharding(mesh)
 
     def constrain(batch: Any) -> Any:
-        return jax.lax.with_sharding_constraint(batch, over_batch)
+        return batch if over_batch is None else jax.lax.with_sharding_constraint(batch, over_batch)
 
     def gradient(params: Any, batch: Any, rng: Array | None) -> tuple[Any, Sums]:
         loss = lambda p: task.loss(model, p, constrain(batch), rng)
@@ -238,8 +284,8 @@ def _has_dropout(node: Any) -> bool:
     return isinstance(node, (list, tuple)) and any(_has_dropout(item) for item in node)
 
 
-def _task_metrics(model: nn.Module, task: Task) -> tuple[str, ...]:
-    """Names of the metrics that the task's loss returns, found without computing anything."""
+def metric_names(model: nn.Module, task: Task) -> tuple[str, ...]:
+    """Names of the metrics that the task's loss returns, found without computing anything, and OWN_METRICS."""
     program, _ = task.program_at(0)
     inputs = task.inputs(0, 1)
 
@@ -248,10 +294,12 @@ def _task_metrics(model: nn.Module, task: Task) -> tuple[str, ...]:
         step = jnp.zeros((), jnp.int32)
         return task.loss(model, params, task.batch(program, inputs, step, step), None)[1]
 
-    return tuple(jax.eval_shape(trace, inputs))
+    return (*sorted(jax.eval_shape(trace, inputs)), *OWN_METRICS)
 
 
-def _read_report(names: tuple[str, ...], report: Float[Array, " report"]) -> Report:
+def read_report(
+    names: tuple[str, ...], report: Float[Array, " report"] | Float[np.ndarray, " report"]
+) -> Report:
     """Waits for the call that `report` comes from."""
     skipped, streak, *rest = (float(x) for x in np.asarray(report))
     pairs = zip(rest[::2], rest[1::2])

@@ -5,12 +5,15 @@
     python -m eval bench --text_step --peer_python ~/torch311/bin/python   the hybrid and the Transformer of configs/text/small
     taskset -c 0 python -m eval bench --text_input corpus.txt              tokenising, per core
     python -m eval bench --op based attention sliding_window long_conv --json ops.json
+    python -m eval bench --sweep --mixers based --points 4 --json sweep.json
 
 Training step: all of it, for two layers [base_conv k=3, mixer], d 64, vocabulary 8192, 4 labels per sequence, AdamW, no
 dropout, float32. With --peer_python (Python 3.11 with torch 2.13, numpy, einops, pydantic, tqdm and pandas) and --zoology
 (a checkout of HazyResearch/zoology) the original's step is measured too: two processes, both warm, that take turns.
 
 Op: forward, and forward with backward, of every implementation and of a plain one written for this benchmark.
+
+Sweep: what a point of a grid of learning rates costs beside a single run, and the sweep beside its runs one by one.
 
 Figures are medians with quartiles. On a CPU that others use at the same time only the ratios mean something.
 """
@@ -51,6 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="kept: glibc is told, on both sides, not to give freed memory back to the system",
     )
     steps.add_argument("--breakdown", action="store_true", help="time the parts of our step too")
+    sweeps = parser.add_argument_group(
+        "sweeps (with --mixers, --shapes, --rounds, --steps_per_call)"
+    )
+    sweeps.add_argument("--sweep", action="store_true", help="measure a sweep, and nothing else")
+    sweeps.add_argument("--points", type=int, default=4, help="learning rates of the sweep")
+    sweeps.add_argument(
+        "--sweep_steps",
+        type=int,
+        default=400,
+        help="steps of the training commands; 0 leaves them out",
+    )
     ops = parser.add_argument_group("ops")
     ops.add_argument("--lengths", nargs="+", type=int, help="sequence lengths")
     ops.add_argument("--repeats", type=int, default=9, help="measurements of each case")
@@ -61,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from eval.bench.measure import run as measure  # imports jax; --help need not
+    if args.sweep:
+        from eval.bench.sweep import run as measure  # imports jax; --help need not
+    else:
+        from eval.bench.measure import run as measure
 
     measure(args)
