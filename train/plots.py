@@ -52,7 +52,7 @@ def recall_memory(
     """
     if not points:
         return None
-    figure, axes = _canvas((7.2, 4.6))
+    figure, axes = canvas((7.2, 4.6))
     details = detail_labels(points)
     axes.set_xscale("log")
     texts: list[Label] = []
@@ -83,7 +83,7 @@ def recall_memory(
     hollow = "hollow: published" if published else ""
     _title(axes, claim(points), _join("recall accuracy", describe(points), hollow))
     place_labels(axes, sorted(texts, key=lambda t: not t.is_name))
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
 def based_fig2(points: Sequence[Point], path: str | Path) -> Path | None:
@@ -107,7 +107,7 @@ def accuracy_width(
     columns = 2 if len(tests) == 4 else min(len(tests), 3)
     rows = -(-len(tests) // columns)
     size = (max(4.6 * columns, 7.2), 3.4 * rows + 1)
-    figure, grid = _canvas(size, columns, rows)
+    figure, grid = canvas(size, columns, rows)
     styles = _styles(points)
     panels = list(np.ravel(grid))
     for axes in panels[len(tests) :]:
@@ -126,7 +126,7 @@ def accuracy_width(
     _figure_title(figure, claim(points, "width"), subtitle)
     for axes, labels in zip(panels, texts):
         place_labels(axes, labels)
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
 def _width_panel(
@@ -186,7 +186,7 @@ def learning_curves(workdir: str | Path, path: str | Path | None = None) -> Path
     ]
     if not panels:
         return None
-    figure, all_axes = _canvas((5.4 * len(panels), 3.8), len(panels))
+    figure, all_axes = canvas((5.4 * len(panels), 3.8), len(panels))
     for axes, (title, curves) in zip(all_axes if len(panels) > 1 else [all_axes], panels):
         ends = []
         for i, (name, (steps, values)) in enumerate(curves.items()):
@@ -198,10 +198,10 @@ def learning_curves(workdir: str | Path, path: str | Path | None = None) -> Path
         axes.set_xlabel("step")
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
         label_ends(axes, ends)
-    return _save(figure, Path(path or workdir / "plots" / "learning_curves.png"))
+    return save(figure, Path(path or workdir / "plots" / "learning_curves.png"))
 
 
-def _canvas(size: tuple[float, float], columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+def canvas(size: tuple[float, float], columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     """A figure that belongs to no window and no global state, with a light grid and no frame; its axes, or an array."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -325,7 +325,7 @@ def _join(*parts: str) -> str:
     return "\n".join(lines)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:

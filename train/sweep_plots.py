@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from train.plot_labels import label_ends
-from train.plots import PALETTE, STYLES, _canvas, _join, _save, _title
+from train.plots import PALETTE, STYLES, _join, _title, canvas, save
 from train.sweep_results import Rate, best_rate
 
 
@@ -23,7 +23,7 @@ def learning_rates(
         return None
     metric = next(iter(runs.values()))[0].metric
     runs = {run: rates for run, rates in runs.items() if rates[0].metric == metric}
-    figure, axes = _canvas((7.2, 4.6))
+    figure, axes = canvas((7.2, 4.6))
     axes.set_xscale("log")
     best = {run: best_rate(rates) for run, rates in runs.items()}
     ends = []
@@ -46,7 +46,7 @@ def learning_rates(
     )
     _title(axes, _claim(best), _join(metric.removeprefix("eval/"), band, "ring: the best"))
     label_ends(axes, ends)
-    return _save(figure, Path(path))
+    return save(figure, Path(path))
 
 
 def _claim(best: Mapping[str, Rate]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -39,7 +40,7 @@ def test_help(capsys, args):
     assert out.startswith("usage: python -m eval")
     if len(args) == 1:
         for task in tasks():
-            assert f"\n    {task} " in out
+            assert re.search(rf"^    {task}\s", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

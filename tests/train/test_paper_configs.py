@@ -154,8 +154,14 @@ def test_a_reduced_form_can_be_trained_and_measures_the_same(name):
     for run_name, run in expand_runs(config):
         original = originals[run_name]
         assert run.model == original.model
-        for key in ("train", "test", "random_non_queries", "power_a", "seed"):
+        for key in ("test", "random_non_queries", "power_a", "seed"):
             assert run.data[key] == original.data[key]
+        sizes = [s["num_examples"] for s in original.data.train]
+        share = run.data.train[0]["num_examples"] / sizes[0]
+        expected = [
+            {**s, "num_examples": int(s["num_examples"] * share)} for s in original.data.train
+        ]
+        assert list(run.data.train) == expected  # the same mix, of fewer examples
         rows = sum(s["num_examples"] * s["length"] for s in run.data.train)
         tokens += rows * run.steps / steps_per_epoch(run)
         assert run.steps / steps_per_epoch(run) <= original.steps / steps_per_epoch(original) / 4

@@ -155,7 +155,7 @@ def test_a_drawing_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_labels_keep_off_each_other(tmp_path, monkeypatch):
     """Ten points in a heap: the labels that are drawn do not overlap."""
     kept = []
-    monkeypatch.setattr("train.plots._save", lambda figure, path: kept.append(figure) or path)
+    monkeypatch.setattr("train.plots.save", lambda figure, path: kept.append(figure) or path)
     heap = [Point(f"m{i}", f"m{i}", 1000 * (1 + i % 4), 0.3 + 0.15 * (i // 4)) for i in range(10)]
     recall_memory(heap, tmp_path / "figure.png")
     (axes,) = kept[0].axes
@@ -168,7 +168,7 @@ def test_labels_keep_off_each_other(tmp_path, monkeypatch):
 def figures(monkeypatch):
     """The figures that would have been written."""
     kept = []
-    monkeypatch.setattr("train.plots._save", lambda figure, path: kept.append(figure) or path)
+    monkeypatch.setattr("train.plots.save", lambda figure, path: kept.append(figure) or path)
     return kept
 
 

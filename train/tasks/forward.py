@@ -1,6 +1,7 @@
 """The part of a loss that every task shares: the model without its head, and what its layers sowed."""
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
@@ -24,5 +25,5 @@ def hidden_states(
         mutable=["losses"],
         rngs={} if rng is None else {"dropout": rng},
     )
-    auxiliary = [leaf.sum() for leaf in jax.tree.leaves(sown)]
-    return hidden, sum(auxiliary[1:], auxiliary[0]) if auxiliary else None
+    auxiliary = [jnp.sum(leaf) for leaf in jax.tree.leaves(sown)]
+    return hidden, jnp.sum(jnp.stack(auxiliary)) if auxiliary else None
