@@ -15,7 +15,7 @@ from typing import Any
 from train.config_paths import Config, to_plain
 from train.errors import UserError
 
-SHOWN = ("loss", "accuracy")  # metrics whose name ends so appear on the terminal
+SHOWN = ("loss", "accuracy", "bits_per_byte")  # metrics whose name ends so appear on the terminal
 
 
 class RunLogger:

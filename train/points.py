@@ -93,9 +93,14 @@ def accuracy_of(summary: Mapping[str, Any]) -> float | None:
 
 
 def one_line(summary: Mapping[str, Any]) -> str:
-    """What a run came to: accuracy, steps, size, state, time."""
-    accuracy = accuracy_of(summary)
+    """What a run came to: accuracy, or how well text is predicted; steps, size, state, time."""
+    accuracy, metrics = accuracy_of(summary), summary.get("metrics", {})
     parts = [] if accuracy is None else [f"accuracy {accuracy:.4f}"]
+    parts += [
+        f"{name.replace('_', ' ')} {metrics[f'eval/{name}']:.4g}"
+        for name in ("bits_per_byte", "perplexity")
+        if f"eval/{name}" in metrics
+    ]
     parts += [
         f"{summary['steps']} steps",
         f"{summary['parameters']:,} parameters",
