@@ -1,9 +1,10 @@
 """The command behind `python -m eval bench`: what to measure, in which order, and where the numbers go."""
 
 import argparse
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from eval.bench.tables import defeats, findings, op_tables, parts_table, step_ta
 from eval.bench.text_input import measure_text_input, text_input_table
 from eval.bench.text_step import VARIANTS, compare_text, text_table
 from eval.bench.timing import machine
+from eval.bench.worker import Worker
 from train.errors import UserError
 from train.run_directory import write_atomically
+
+BASED_PEER = Path(__file__).with_name("based_peer.py")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,9 +65,10 @@ def run(args: argparse.Namespace) -> None:
             results["text_input"].append(measure_text_input(args.text_input, args.rounds, tick))
             save()
         for op in ops:
-            results["ops"].append(
-                measure_op(op, lengths, args.repeats, args.memory, args.window, tick)
-            )
+            with op_peer(op, args.peer_python) as side:
+                results["ops"].append(
+                    measure_op(op, lengths, args.repeats, args.memory, args.window, tick, side)
+                )
             save()
     if cases or ops:
         report(out, results["train_step"], results["ops"])
@@ -75,11 +80,21 @@ def run(args: argparse.Namespace) -> None:
         out.print(f"every number: {args.json}", soft_wrap=True)
 
 
+@contextlib.contextmanager
+def op_peer(op: str, python: Path | None) -> Iterator[Worker | None]:
+    """BASED in PyTorch as a process, where an interpreter is named for it."""
+    if op != "based" or python is None:
+        yield None
+        return
+    with Worker("torch", [python, "-P", BASED_PEER]) as worker:
+        yield worker
+
+
 def plan(args: argparse.Namespace) -> tuple[bool, list[str], Sequence[int]]:
     """(whether to measure training steps, which ops, at which lengths). Asked for nothing: a quick set of both."""
     text = args.text_step or args.text_input is not None
     asked = args.train_step or args.op or args.peer_python or args.zoology or text
-    peer = args.zoology or (args.peer_python and not args.text_step)
+    peer = args.zoology or (args.peer_python and not args.text_step and not args.op)
     with_steps = not asked or args.train_step or bool(peer)
     ops = args.op if asked else ["based"]
     return with_steps, ops, args.lengths or (LENGTHS if asked else QUICK_LENGTHS)

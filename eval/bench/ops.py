@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from eval.bench.timing import take_turns
+from eval.bench.timing import summarise, take_turns
+from eval.bench.worker import Worker
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.based import api as based_api
 from pallas_kernels.long_conv import api as long_conv_api
@@ -139,8 +140,12 @@ def measure_op(
     memory_gib: float,
     window: int = 64,
     tick: Callable[[str], None] = lambda what: None,
+    peer: Worker | None = None,
 ) -> dict[str, Any]:
-    """{"op", "what", "rows": one per length, direction and form}; a row that did not fit has no "seconds"."""
+    """{"op", "what", "rows": one per length, direction and form}; a row that did not fit has no "seconds".
+
+    peer: a process of based_peer.py, whose rows have the form "torch".
+    """
     op = make_op(name, window)
     rows: list[dict[str, Any]] = []
     for length in lengths:
@@ -163,4 +168,10 @@ def measure_op(
             for form, program in programs.items():
                 row = {"length": length, "direction": direction, "form": form}
                 rows.append(row | {"temporary": program.temporary, **timed.get(form, {})})
-    return {"op": name, "what": op.what, "dtype": "float32", "repeats": repeats, "rows": rows}
+            if peer:
+                answer = peer.ask(length=length, backward=backward, calls=repeats + 1)
+                seconds, processor = (answer[x][1:] for x in ("seconds", "processor"))
+                row = {"length": length, "direction": direction, "form": "torch", "temporary": 0}
+                rows.append(row | summarise(seconds, processor))
+    result = {"op": name, "what": op.what, "dtype": "float32", "repeats": repeats, "rows": rows}
+    return result | ({"peer": peer.ready} if peer else {})

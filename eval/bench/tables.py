@@ -7,7 +7,7 @@ from rich.table import Table
 
 from eval.bench.timing import milliseconds
 
-OTHERS = ("plain", "jax.nn")  # forms of an op that are not ours
+OTHERS = ("plain", "jax.nn", "torch")  # forms of an op that are not ours
 DIRECTIONS = ("forward", "forward+backward")
 Rows = Mapping[int, Mapping[str, Mapping[str, Any]]]  # length -> form -> row
 
@@ -109,6 +109,8 @@ def findings(result: Mapping[str, Any]) -> list[str]:
             beside = ratio(rows, n, square, n, "plain")
             if gain:
                 plain = f"; {square} takes {beside:.2f} of plain" if beside else ""
+                torch = ratio(rows, n, "torch", n, linear)
+                plain += f"; torch's chunks take {torch:.2f} of it" if torch else ""
                 sentences.append(f"{direction} at {n}: {linear} is {gain:.2f}x {square}{plain}")
         for n in rows:
             growth = ratio(rows, 2 * n, linear, n, linear)
