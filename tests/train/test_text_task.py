@@ -15,6 +15,7 @@ from train.config_files import load_config
 from train.config_paths import set_key
 from train.errors import UserError
 from train.loop import build_model, run
+from train.suite import run_suite
 from train.tasks import build_task, text
 from train.tasks.text_evaluation import make_evaluate, segment_ids_of
 
@@ -223,3 +224,18 @@ def test_both_variants_of_the_config_have_one_size():
         )
         sizes.append(count_parameters(params))
     assert abs(sizes[0] - sizes[1]) < 1e-3 * sizes[0]
+
+
+def test_the_points_of_a_grid_share_the_batches_of_single_runs(corpus, tmp_path):
+    """A grid reads its iterator once for all points; each point ends where a run of its own config ends."""
+    changes = {"steps": 12, "log.every_steps": 4, "eval.every_steps": 6, "steps_per_call": 3}
+    config = small(corpus, tmp_path, **changes)
+    config.sweep = ({"learning_rate": [1e-3, 1e-2]},)
+    assert run_suite(config, tmp_path / "grid") == 0
+    for rate in (1e-3, 1e-2):
+        single = small(corpus, tmp_path, **changes, learning_rate=rate)
+        alone = run(single, tmp_path / f"alone-{rate}")
+        point = json.loads((tmp_path / "grid" / f"lr={rate:g}" / "summary.json").read_text())
+        assert point["steps"] == 12
+        for name, value in alone["metrics"].items():
+            assert point["metrics"][name] == pytest.approx(value, rel=1e-5), name

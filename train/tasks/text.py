@@ -176,7 +176,9 @@ def loss(
 
 def _make_inputs(iterator: Any, steps_per_call: int) -> Callable[[int, int], Any]:
     def inputs(first: int, count: int) -> dict[str, Int[np.ndarray, "steps b t"]]:
-        del first  # the iterator knows where it is, and its place is part of every checkpoint
+        # asked for the steps in order it only goes on; a look at the shapes before the first step must not cost a batch
+        if iterator.get_state()["next_index"] != first:
+            iterator.set_state({"next_index": first})
         batches = [next(iterator) for _ in range(count)]
         # always the same shape, so that a shorter call is the same program; the steps past count are not read
         padding = [np.zeros_like(batches[0])] * (max(count, steps_per_call) - count)
