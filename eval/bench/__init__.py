@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure tokenising and batches of a file or folder (PATH as config.data.path)",
     )
     parser.add_argument("--op", nargs="+", choices=OPS, default=[], help="measure these ops")
+    parser.add_argument(
+        "--estimates", action="store_true", help="print the rooflines of BASED's kernels, per chip"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here as well")
     steps = parser.add_argument_group("training steps")
     steps.add_argument("--mixers", nargs="+", default=["attention", "based"])

@@ -13,6 +13,7 @@ from rich.console import Console
 from eval.bench import LENGTHS, QUICK_LENGTHS
 from eval.bench.compare import allocators, compare, parse_cases, parse_peer
 from eval.bench.ops import measure_op
+from eval.bench.roofline import CALLS, estimates, roofline_table
 from eval.bench.tables import defeats, findings, op_tables, parts_table, step_table
 from eval.bench.text_input import measure_text_input, text_input_table
 from eval.bench.text_step import VARIANTS, compare_text, text_table
@@ -70,6 +71,10 @@ def run(args: argparse.Namespace) -> None:
                     measure_op(op, lengths, args.repeats, args.memory, args.window, tick, side)
                 )
             save()
+    if args.estimates:
+        results["estimates"] = estimates(CALLS)
+        save()
+        out.print(roofline_table(results["estimates"]))
     if cases or ops:
         report(out, results["train_step"], results["ops"])
     if results["text_step"]:
@@ -93,7 +98,7 @@ def op_peer(op: str, python: Path | None) -> Iterator[Worker | None]:
 def plan(args: argparse.Namespace) -> tuple[bool, list[str], Sequence[int]]:
     """(whether to measure training steps, which ops, at which lengths). Asked for nothing: a quick set of both."""
     text = args.text_step or args.text_input is not None
-    asked = args.train_step or args.op or args.peer_python or args.zoology or text
+    asked = args.train_step or args.op or args.peer_python or args.zoology or text or args.estimates
     peer = args.zoology or (args.peer_python and not args.text_step and not args.op)
     with_steps = not asked or args.train_step or bool(peer)
     ops = args.op if asked else ["based"]
