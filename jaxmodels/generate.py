@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxmodels.models.language_model import LanguageModel
@@ -55,7 +56,7 @@ def generate(
         raise ValueError(
             f"{p} prompt tokens and {max_new_tokens} new ones do not fit the {model.max_positions} learned positions"
         )
-    if lengths is not None and not isinstance(lengths, jax.core.Tracer):
+    if lengths is not None and not isinstance(lengths, Tracer):
         given = np.asarray(lengths)
         if given.shape != (b,) or given.min() < 1 or given.max() > p:
             raise ValueError(f"lengths must be {b} numbers from 1 to {p}, got {given.tolist()}")
@@ -100,7 +101,7 @@ def _generate(
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
 
     def draw(hidden: Float[Array, "b 1 d"], i: Int[Array, ""]) -> Int[Array, " b"]:
-        logits = model.apply({"params": params}, hidden[:, 0], method="head")
+        logits = jnp.asarray(model.apply({"params": params}, hidden[:, 0], method="head"))
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = filter_logits(logits / temperature, top_k, top_p)

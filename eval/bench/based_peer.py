@@ -69,16 +69,16 @@ def main() -> None:
 
     def prepare(length):
         shapes = [(1, options.heads, length, w) for w in (options.f, options.f, options.v)]
-        arrays = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
 
         def forward():
             with torch.no_grad():
-                based(*arrays, options.chunk, phi)
+                based(q, k, v, options.chunk, phi)
 
         def backward():
-            for x in arrays:
+            for x in (q, k, v):
                 x.grad = None
-            based(*arrays, options.chunk, phi).sum().backward()
+            based(q, k, v, options.chunk, phi).sum().backward()
 
         for _ in range(2):
             forward()
