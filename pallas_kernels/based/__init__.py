@@ -7,5 +7,16 @@ from pallas_kernels.based.feature_map import (
     taylor_features,
     unpack_state,
 )
+from pallas_kernels.based.prefix import bidirectional_based, prefix_based
+from pallas_kernels.based.sharded import based_sharded
 
-__all__ = ["based", "expanded_width", "pack_state", "taylor_features", "unpack_state"]
+__all__ = [
+    "based",
+    "based_sharded",
+    "bidirectional_based",
+    "expanded_width",
+    "pack_state",
+    "prefix_based",
+    "taylor_features",
+    "unpack_state",
+]

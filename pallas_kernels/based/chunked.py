@@ -1,48 +1,73 @@
-"""Linear time and memory: a scan over chunks that carries the state."""
+"""Linear time and memory: the chunked engine of `pallas_kernels.linear_attention` with the Taylor map."""
 
-import jax
-import jax.numpy as jnp
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.based.quadratic import one_chunk
+from pallas_kernels.based.feature_map import taylor_features
+from pallas_kernels.linear_attention import chunked as engine
+from pallas_kernels.linear_attention.one_chunk import Map
 
 CHUNK = (
     128  # fastest of 32, 64, 128, 256 on two CPU cores at f = 16, v = 64 (docs/performance_log.md)
 )
 
+SUMS_CHUNK = 512  # for sums alone: fewer, larger steps
 
-def scan_chunks(
+
+def taylor_weights(s: Any, f: int) -> Any:
+    """phi(q) . phi(k) = 1 + s + s^2/2 from q . k."""
+    s = s * f**-0.5
+    return 1 + s * (1 + 0.5 * s)
+
+
+TAYLOR = Map(taylor_features, taylor_weights)
+
+
+def taylor_law(normalize: bool, epsilon: float) -> engine.Law:
+    return engine.Law(TAYLOR, ones=True, normalize=normalize, epsilon=epsilon)
+
+
+def forward(
     q: Float[Array, "b t h f"],
     k: Float[Array, "b t g f"],
     v: Float[Array, "b t g v"],
-    state: Float[Array, "b g e v1"],
-    segment_ids: Int[Array, "b t"] | None,
+    state: Float[Array, "b g e v1"] | None,
+    ids: Int[Array, "b t"] | None,
+    *,
+    normalize: bool,
+    epsilon: float,
     chunk: int | None = None,
-) -> tuple[Float[Array, "b t h v1"], Float[Array, "b g e v1"]]:
-    """As `quadratic.whole`. Differentiating keeps one state per chunk and recomputes the rest.
+) -> tuple[Float[Array, "b t h v"], Any, Float[Array, "b g e v1"]]:
+    """y, the denominators [b, t, h] and the final state; padding arrives as zeros in q, k and v."""
+    law = taylor_law(normalize, epsilon)
+    return engine.forward(q, k, v, None, state, ids, law=law, chunk=chunk or CHUNK)
 
-    The length is padded to whole chunks with rows that are not real: their values, and their ones, are zeros, so that they
-    add nothing to any sum, the constant term included. Heads move before tokens inside a chunk, where the copy is small.
-    """
-    t, chunk = q.shape[1], chunk or CHUNK
-    n = -(-t // chunk)
-    real = jnp.ones(q.shape[:2], bool) if segment_ids is None else segment_ids > 0
 
-    def split(x):
-        x = jnp.pad(x, [(0, 0), (0, n * chunk - t)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], n, chunk, *x.shape[2:]), 1, 0)
+def backward(
+    q: Float[Array, "b t h f"],
+    k: Float[Array, "b t g f"],
+    v: Float[Array, "b t g v"],
+    state: Float[Array, "b g e v1"] | None,
+    ids: Int[Array, "b t"] | None,
+    y: Float[Array, "b t h v"],
+    den: Float[Array, "b t h"],
+    dy: Float[Array, "b t h v"],
+    dstate: Float[Array, "b g e v1"] | None,
+    *,
+    normalize: bool,
+    epsilon: float,
+    chunk: int | None = None,
+) -> tuple[Array, Array, Array, Float[Array, "b g e v1"] | None]:
+    """Gradients of q, k, v and the initial state."""
+    law, arrays = taylor_law(normalize, epsilon), (state, ids, y, den, dy, dstate)
+    dq, dk, dv, _, dbefore = engine.backward(q, k, v, None, *arrays, law=law, chunk=chunk or CHUNK)
+    return dq, dk, dv, dbefore
 
-    @jax.checkpoint
-    def body(carry, piece):
-        state, current = carry
-        q, k, v, real, ids = piece
-        out, state, current = one_chunk(q, k, v, real, ids, state, current)
-        return (state, current), out
 
-    current = None if segment_ids is None else segment_ids[:, 0]
-    ids = None if segment_ids is None else split(segment_ids)
-    (state, _), out = jax.lax.scan(
-        body, (state, current), (split(q), split(k), split(v), split(real), ids)
-    )
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], n * chunk, *out.shape[3:])[:, :t], state
+def final_state(
+    k: Float[Array, "b t g f"], v: Float[Array, "b t g v"], ids: Int[Array, "b t"] | None
+) -> Float[Array, "b g e v1"]:
+    """The sum of phi(k) [v, 1]^T over the last segment, for which no query is needed."""
+    law = taylor_law(normalize=False, epsilon=0.0)
+    return engine.final_state(k, v, None, None, ids, law=law, chunk=SUMS_CHUNK)
