@@ -63,10 +63,14 @@ lint: $(STAMP)
 # one process at a time.
 compile-gates: $(GATES)/.installed
 	$(GATES)/bin/python -m tests.gates tpu cuda export
+	$(GATES)/bin/python -m tests.gates.kernels_tpu
+	$(GATES)/bin/python -m tests.gates.kernels_gpu
 
 # The oldest jax that pyproject.toml admits: compiled, and run on the CPU.
 compile-gates-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m tests.gates run export
+	$(OLDEST)/bin/python -m tests.gates.kernels_tpu v5e
+	$(OLDEST)/bin/python -m tests.gates.kernels_gpu
 
 define install_gates
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gates]' -c $(2)

@@ -17,10 +17,11 @@ def hidden_states(
     segment_ids: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t d"], Float[Array, ""] | None]:
     """(model.hidden of a training step, the sum of every auxiliary loss sown into `losses` or None where there is none)."""
+    packing = {} if segment_ids is None else {"segment_ids": segment_ids}
     (hidden, _), sown = model.apply(
         {"params": params},
         tokens,
-        segment_ids=segment_ids,
+        **packing,
         method="hidden",
         mutable=["losses"],
         rngs={} if rng is None else {"dropout": rng},
