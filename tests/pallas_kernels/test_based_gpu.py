@@ -29,8 +29,12 @@ CASES = {
     "packed": law.Case(1, 150, 2, 1, 16, 64, segments=True),
     # A length and widths that must be padded; two tiles of values, the first of which has the denominator.
     "f8_v80": law.Case(1, 75, 1, 1, 8, 80),
-    # Ten slabs of features, two tiles, no normaliser, no state.
-    "f24_v17": law.Case(1, 64, 1, 1, 24, 17, state=False, normalize=False),
+    "f16_v112_grouped": law.Case(1, 37, 2, 1, 16, 112),
+    "f4_v16": law.Case(2, 37, 1, 1, 4, 16, segments=True),
+    # Ten slabs of features, a tile that is not full; no normaliser, no state.
+    "f24_v15": law.Case(1, 64, 1, 1, 24, 15, state=False, normalize=False),
+    "f32_v128": law.Case(1, 24, 1, 1, 32, 128),
+    "one_token": law.Case(1, 1, 1, 1, 16, 64),
 }
 
 
@@ -49,7 +53,9 @@ def test_reruns_are_bitwise_equal():
     law.check_reruns(op, law.Case(1, 70, 1, 1, 16, 16), BF16)
 
 
-@pytest.mark.parametrize(("f", "cotangent"), [(4, False), (8, True), (15, False), (16, True), (24, False), (32, True)])
+@pytest.mark.parametrize(
+    ("f", "cotangent"), [(4, False), (8, True), (15, False), (16, True), (24, False), (32, True)]
+)
 def test_states_convert_and_their_cotangents_are_the_transpose(f, cotangent):
     rng = np.random.default_rng(f)
     q, v = jnp.zeros((2, 64, 1, f), BF16), jnp.zeros((2, 64, 1, 80), BF16)
@@ -124,6 +130,6 @@ def test_no_gpu_is_refused():
     ],
 )
 def test_arguments_are_refused_with_their_value(dtype, f, v, message):
-    q = jnp.zeros((1, 64, 2, f), dtype)
+    q, values = jnp.zeros((1, 64, 2, f), dtype), jnp.zeros((1, 64, 2, v), dtype)
     with on("NVIDIA H200"):
-        assert message in gpu.supports(q, q, jnp.zeros((1, 64, 2, v), dtype))
+        assert message in gpu.supports(q, q, values)
