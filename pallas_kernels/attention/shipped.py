@@ -59,7 +59,7 @@ def take_over(
     if refuses("splash", inputs, rate) is not None:
         return otherwise(inputs)
     arrays, scale = inputs[:-1], inputs.scale
-    whole = lambda form: lambda *arrays: form(Inputs(*arrays, scale))
+    whole = lambda form: lambda *arrays: form(Inputs._make((*arrays, scale)))
     return jax.lax.platform_dependent(
         *arrays, tpu=whole(lambda i: splash(i, window)), default=whole(otherwise)
     )

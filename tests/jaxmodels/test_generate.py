@@ -102,9 +102,10 @@ def test_a_second_call_compiles_nothing(model_and_params):
     model, params = model_and_params
     arguments = dict(max_new_tokens=3, temperature=0.7)
     generate(model, params, prompts((2, 4)), key=jax.random.key(0), **arguments)
-    before = _generate._cache_size()
+    before = _generate._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     generate(model, params, prompts((2, 4), 9), key=jax.random.key(1), **arguments)
-    assert _generate._cache_size() == before
+    after = _generate._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    assert after == before
 
 
 def test_filter_keeps_the_nucleus():
