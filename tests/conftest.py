@@ -16,6 +16,8 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     ).strip()
+# The GPU interpreter blocks one thread of the CPU client per warpgroup that waits; on two cores it would wait for ever.
+os.environ.setdefault("NPROC", "8")
 # Figures are drawn, never shown.
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -12,14 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import xla_bridge
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels.based import expanded_width, gpu, gpu_layout
 from tests.pallas_kernels import based_law as law
 
-# The interpreter blocks a thread of the CPU client for every warpgroup that waits; there are three.
-os.environ.setdefault("NPROC", "8")
+# The interpreter blocks a thread of the CPU client for every warpgroup that waits, and there are three: on two cores it would
+# wait for ever. tests/conftest.py sets this before anything starts the client; here it is for this file alone.
+if not xla_bridge.backends_are_initialized():
+    os.environ.setdefault("NPROC", "8")
+THREADS = int(os.environ.get("NPROC", os.cpu_count() or 1))
 
 op = law.contract_op(gpu.forward, gpu.backward)
 BF16 = jnp.bfloat16
@@ -40,6 +44,9 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def interpreter():
+    assert THREADS >= 4, (
+        f"the interpreter needs 4 threads and has {THREADS}: NPROC was set too late"
+    )
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 
@@ -51,6 +58,11 @@ def test_numbers(name):
 
 def test_reruns_are_bitwise_equal():
     law.check_reruns(op, law.Case(1, 70, 1, 1, 16, 16), BF16)
+
+
+def test_decoding_gives_what_one_call_gives():
+    case = law.Case(2, 3, 2, 1, 8, 16)
+    law.check_cuts(op, case, BF16, law.BFLOAT16, 2)
 
 
 @pytest.mark.parametrize(
