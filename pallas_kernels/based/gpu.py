@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.based import gpu_backward, gpu_forward
 from pallas_kernels.based import gpu_layout as layout
+from pallas_kernels.based.decode import decode
 from pallas_kernels.based.gpu_layout import CHUNK, Plan
-from pallas_kernels.based.tpu_decode import decode
 
 WIDEST_F, WIDEST_V = 32, 128
 # What CUDA calls the cards of compute capability 9.0, for which alone these kernels are.

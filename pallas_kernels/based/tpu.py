@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.based import tpu_backward, tpu_forward, tpu_layout
-from pallas_kernels.based.tpu_decode import decode
+from pallas_kernels.based.decode import decode
 from pallas_kernels.based.tpu_layout import (
     align_state,
     make_plan,
