@@ -11,7 +11,9 @@ Training step: all of it, for two layers [base_conv k=3, mixer], d 64, vocabular
 dropout, float32. With --peer_python (Python 3.11 with torch 2.13, numpy, einops, pydantic, tqdm and pandas) and --zoology
 (a checkout of HazyResearch/zoology) the original's step is measured too: two processes, both warm, that take turns.
 
-Op: forward, and forward with backward, of every implementation and of a plain one written for this benchmark.
+Op: forward, forward with backward, and decoding, of every implementation and of a plain one written for this benchmark;
+beside BASED also softmax attention, and with --peer_python a PyTorch form in linear time and, where it is installed there
+and finds a GPU, flash-linear-attention's two. Each time with its share of the roofline.
 
 Sweep: what a point of a grid of learning rates costs beside a single run, and the sweep beside its runs one by one.
 
@@ -21,7 +23,7 @@ Figures are medians with quartiles. On a CPU that others use at the same time on
 import argparse
 from pathlib import Path
 
-OPS = ("based", "attention", "sliding_window", "long_conv")
+OPS = ("based", "linear_attention", "attention", "sliding_window", "long_conv")
 QUICK_LENGTHS = (512, 1024, 2048, 4096)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
@@ -72,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ops.add_argument("--lengths", nargs="+", type=int, help="sequence lengths")
     ops.add_argument("--repeats", type=int, default=9, help="measurements of each case")
     ops.add_argument("--window", type=int, default=64, help="keys that sliding_window sees")
+    ops.add_argument("--batch", type=int, default=1, help="rows of each call")
+    ops.add_argument("--heads", type=int, default=4)
+    ops.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     ops.add_argument(
         "--memory", type=float, default=4.0, metavar="GiB", help="skip what needs more than this"
     )

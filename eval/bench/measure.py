@@ -1,10 +1,9 @@
 """The command behind `python -m eval bench`: what to measure, in which order, and where the numbers go."""
 
 import argparse
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,15 @@ from rich.console import Console
 
 from eval.bench import LENGTHS, QUICK_LENGTHS
 from eval.bench.compare import allocators, compare, parse_cases, parse_peer
+from eval.bench.op_forms import Size
 from eval.bench.ops import measure_op
 from eval.bench.roofline import CALLS, estimates, roofline_table
 from eval.bench.tables import defeats, findings, op_tables, parts_table, step_table
 from eval.bench.text_input import measure_text_input, text_input_table
 from eval.bench.text_step import VARIANTS, compare_text, text_table
 from eval.bench.timing import machine
-from eval.bench.worker import Worker
 from train.errors import UserError
 from train.run_directory import write_atomically
-
-BASED_PEER = Path(__file__).with_name("based_peer.py")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -66,10 +63,10 @@ def run(args: argparse.Namespace) -> None:
             results["text_input"].append(measure_text_input(args.text_input, args.rounds, tick))
             save()
         for op in ops:
-            with op_peer(op, args.peer_python) as side:
-                results["ops"].append(
-                    measure_op(op, lengths, args.repeats, args.memory, args.window, tick, side)
-                )
+            size = Size(0, args.batch, args.heads, args.dtype, args.window)
+            results["ops"].append(
+                measure_op(op, lengths, args.repeats, args.memory, size, tick, args.peer_python)
+            )
             save()
     if args.estimates:
         results["estimates"] = estimates(CALLS)
@@ -85,16 +82,6 @@ def run(args: argparse.Namespace) -> None:
         out.print(f"every number: {args.json}", soft_wrap=True)
 
 
-@contextlib.contextmanager
-def op_peer(op: str, python: Path | None) -> Iterator[Worker | None]:
-    """BASED in PyTorch as a process, where an interpreter is named for it."""
-    if op != "based" or python is None:
-        yield None
-        return
-    with Worker("torch", [python, "-P", BASED_PEER]) as worker:
-        yield worker
-
-
 def plan(args: argparse.Namespace) -> tuple[bool, list[str], Sequence[int]]:
     """(whether to measure training steps, which ops, at which lengths). Asked for nothing: a quick set of both."""
     text = args.text_step or args.text_input is not None
@@ -107,7 +94,7 @@ def plan(args: argparse.Namespace) -> tuple[bool, list[str], Sequence[int]]:
 
 def check(args: argparse.Namespace) -> None:
     """UserError for numbers below what a measurement needs, and for a JSON file that could not be written at the end."""
-    least = {"rounds": 1, "steps_per_call": 1, "repeats": 1, "window": 1}
+    least = dict.fromkeys(("rounds", "steps_per_call", "repeats", "window", "batch", "heads"), 1)
     for name, bound in least.items():
         if getattr(args, name) < bound:
             raise UserError(f"--{name} must be at least {bound}, not {getattr(args, name)}")

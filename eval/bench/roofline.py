@@ -28,7 +28,7 @@ CHIPS = {
 
 
 class Call(NamedTuple):
-    """b rows of t tokens, h query heads on g key/value heads, widths f and v, 2-byte elements, chunks of c tokens."""
+    """b rows of t tokens, h query heads on g key/value heads, widths f and v, bytes of an element, chunks of c tokens."""
 
     b: int
     t: int
@@ -37,6 +37,7 @@ class Call(NamedTuple):
     f: int
     v: int
     chunk: int = 64
+    element: int = 2
 
     @property
     def name(self) -> str:
@@ -60,38 +61,35 @@ class Work(NamedTuple):
     def bound(self, chip: Chip) -> str:
         return "compute" if self.flops / chip.flops > self.bytes / chip.bandwidth else "memory"
 
+    def and_then(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
 
 def based_forward(call: Call) -> Work:
     """Scores and their product with the values over half of each chunk's square, phi(q) S, and S += phi(k) v^T."""
-    b, t, h, g, f, v, chunk = call
+    b, t, h, g, f, v, chunk, element = call
     e, v1 = expanded_width(f), v + 1
     flops = b * t * (h * (chunk * (f + v1) + 2 * e * v1) + g * 2 * e * v1)
     elements = h * (f + v) + g * (f + v)  # q and y, k and v
-    return Work(flops, b * t * (2 * elements + 4 * h) + 4 * b * g * e * v1)
+    return Work(flops, b * t * (element * elements + 4 * h) + 4 * b * g * e * v1)
 
 
 def based_backward(call: Call) -> Work:
     """Five products of a chunk's square instead of two, five with the states, S once more; q, k, v, y, dy read, three written."""
-    b, t, h, g, f, v, chunk = call
+    b, t, h, g, f, v, chunk, element = call
     e, v1 = expanded_width(f), v + 1
     square = chunk * (3 * f + 2 * v1)
     flops = b * t * (h * (square + 4 * e * v1) + g * 6 * e * v1)
     elements = h * (2 * f + 2 * v) + g * (2 * f + 2 * v)
-    return Work(flops, b * t * (2 * elements + 4 * h) + 2 * 4 * b * g * e * v1)
+    return Work(flops, b * t * (element * elements + 4 * h) + 2 * 4 * b * g * e * v1)
 
 
 def based_decode(call: Call) -> Work:
     """One token: the state is read and written once."""
-    b, _, h, g, f, v, _ = call
+    b, _, h, g, f, v, _, element = call
     e, v1 = expanded_width(f), v + 1
     flops = b * (h * 2 * e * v1 + g * 2 * e * v1)
-    return Work(flops, b * (2 * 4 * g * e * v1 + 2 * (h + g) * (f + v)))
-
-
-def causal_attention(call: Call, width: int) -> Work:
-    """Flash attention on the same tokens, both triangles' halves of q k^T and P v; forward."""
-    b, t, h, g, _, v, _ = call
-    return Work(b * h * t * t * (width + v), 2 * b * t * (h * (width + v) + g * (width + v)))
+    return Work(flops, b * (2 * 4 * g * e * v1 + element * (h + g) * (f + v)))
 
 
 def counts_of(call: Call) -> dict[str, Work]:

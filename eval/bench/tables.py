@@ -5,10 +5,11 @@ from typing import Any
 
 from rich.table import Table
 
+from eval.bench.op_forms import DIRECTIONS
+from eval.bench.ops import PEERS
 from eval.bench.timing import milliseconds
 
-OTHERS = ("plain", "jax.nn", "torch")  # forms of an op that are not ours
-DIRECTIONS = ("forward", "forward+backward")
+OTHERS = ("plain", "jax.nn", "softmax", *PEERS)  # forms of an op that are not ours
 Rows = Mapping[int, Mapping[str, Mapping[str, Any]]]  # length -> form -> row
 
 
@@ -62,27 +63,44 @@ def parts_table(row: Mapping[str, Any]) -> Table:
 
 
 def op_tables(result: Mapping[str, Any]) -> list[Table]:
-    """A line per length, a column per form: time forward, time with backward, temporary memory with backward."""
-    forms = forms_of(result)
+    """A line per length, a column per form: time and share of the roofline per direction, temporary memory with backward."""
     tables = []
     for direction in DIRECTIONS:
-        title = f"{result['op']} ({result['what']}), {direction}, ms (quartiles)"
+        lengths = by_length(result, direction)
+        forms = [
+            form for form in forms_of(result) if any(form in rows for rows in lengths.values())
+        ]
+        if not forms:
+            continue
+        per = "ms a token" if direction == "decode" else "ms"
+        title = f"{result['op']} ({result['what']}, {result['dtype']}), {direction}, {per} (quartiles), of the roofline"
         table = _table(title, "length", *forms)
-        for length, rows in by_length(result, direction).items():
-            cells = (
-                with_quartiles(rows[form]["seconds"]) if "seconds" in rows[form] else "too large"
-                for form in forms
-            )
-            table.add_row(str(length), *cells)
+        for length, rows in lengths.items():
+            table.add_row(str(length), *(_cell(rows.get(form)) for form in forms))
         tables.append(table)
-    table = _table(f"{result['op']}, {DIRECTIONS[1]}, temporary memory, MiB", "length", *forms)
-    for length, rows in by_length(result, DIRECTIONS[1]).items():
-        table.add_row(str(length), *(f"{rows[form]['temporary'] / 2**20:.1f}" for form in forms))
+    forms = forms_of(result)
+    lengths = by_length(result, "forward+backward")
+    table = _table(
+        f"{result['op']}, forward+backward, temporary memory, MiB",
+        *("length", *(form for form in forms if form not in PEERS)),
+    )
+    for length, rows in lengths.items():
+        cells = (rows[form]["temporary"] / 2**20 for form in forms if form not in PEERS)
+        table.add_row(str(length), *(f"{mib:.1f}" for mib in cells))
     return [*tables, table]
 
 
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    if "seconds" not in row:
+        return "too large"
+    share = f" {row['fraction']:.0%}" if "fraction" in row else ""
+    return with_quartiles(row["seconds"]) + share
+
+
 def forms_of(result: Mapping[str, Any]) -> list[str]:
-    """In the order of make_op: the form with linear memory, the quadratic one, then the others."""
+    """In the order of `op_forms`: the form with linear memory, the quadratic one, then the others."""
     return list(dict.fromkeys(row["form"] for row in result["rows"]))
 
 
@@ -99,7 +117,7 @@ def findings(result: Mapping[str, Any]) -> list[str]:
     """Sentences about one op: where forms cross, how they stand to each other, how time and memory grow."""
     linear, square, *_ = forms_of(result)
     sentences = []
-    for direction in DIRECTIONS:
+    for direction in DIRECTIONS[:2]:
         rows = by_length(result, direction)
         faster = [n for n in rows if (ratio(rows, n, square, n, linear) or 0) > 1]
         crossing = f"from length {min(faster)} on" if faster else "at no length measured"
@@ -109,16 +127,18 @@ def findings(result: Mapping[str, Any]) -> list[str]:
             beside = ratio(rows, n, square, n, "plain")
             if gain:
                 plain = f"; {square} takes {beside:.2f} of plain" if beside else ""
-                torch = ratio(rows, n, "torch", n, linear)
-                plain += f"; torch's chunks take {torch:.2f} of it" if torch else ""
                 sentences.append(f"{direction} at {n}: {linear} is {gain:.2f}x {square}{plain}")
+            for other in ("softmax", *PEERS):
+                gain = ratio(rows, n, other, n, linear)
+                if gain:
+                    sentences.append(f"{direction} at {n}: {linear} is {gain:.2f}x {other}")
         for n in rows:
             growth = ratio(rows, 2 * n, linear, n, linear)
             if growth:
                 before, after = (rows[m][linear]["temporary"] for m in (n, 2 * n))
                 memory = f", memory x{after / before:.2f}" if before else ""
                 sentences.append(f"{direction}: {linear} t({2 * n})/t({n}) = {growth:.2f}{memory}")
-    return sentences
+    return sentences + [f"{peer} is not measured: {why}" for peer, why in result["absent"].items()]
 
 
 def ratio(rows: Rows, n: int, form: str, other_n: int, other: str) -> float | None:
@@ -145,7 +165,7 @@ def defeats(steps: Sequence[Mapping[str, Any]], ops: Sequence[Mapping[str, Any]]
         for direction in DIRECTIONS:
             rows = by_length(result, direction)
             for n in rows:
-                measured = [form for form in ours if "seconds" in rows[n][form]]
+                measured = [form for form in ours if "seconds" in rows[n].get(form, {})]
                 if not measured:
                     continue
                 best = min(measured, key=lambda form: rows[n][form]["seconds"]["median"])

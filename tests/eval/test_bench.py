@@ -17,12 +17,16 @@ from eval.__main__ import main
 from eval.bench import LENGTHS, QUICK_LENGTHS, add_arguments, zoology_peer
 from eval.bench.compare import allocators, parse_cases, parse_peer, pool, ratios
 from eval.bench.measure import check, plan, remarks, report
-from eval.bench.ops import make_op, measure_op, plain_attention
+from eval.bench.op_forms import OPS, Size, plain_attention, sum_of_keys
+from eval.bench.op_worker import compile_form, normal_arrays, times
+from eval.bench.ops import measure_op
+from eval.bench.ops import take_turns as workers_take_turns
 from eval.bench.tables import by_length, defeats, findings, op_tables, parts_table, step_table
 from eval.bench.timing import machine, milliseconds, spread, take_turns
 from eval.bench.train_step import Case, set_up
 from eval.bench.worker import KEEP_FREED_MEMORY, Worker
 from pallas_kernels.based import based
+from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.long_conv import long_conv
 from pallas_kernels.sliding_window import sliding_window
 from train.errors import UserError
@@ -196,20 +200,40 @@ def test_stand_ins_only_for_what_is_missing(monkeypatch):
 # --- ops ---
 
 
-@pytest.mark.parametrize("name", ["based", "attention", "sliding_window", "long_conv"])
-def test_plain_forms_compute_the_same(name):
-    op = make_op(name, window=5)
-    keys = jax.random.split(jax.random.key(0), 3)
-    arrays = [jax.random.normal(k, shape) for k, shape in zip(keys, op.shapes(12))]
-    expected = {
-        "based": lambda *x: based(*x, implementation="reference")[0],
-        "attention": lambda *x: sliding_window(*x, window=12, implementation="reference"),
-        "sliding_window": lambda *x: sliding_window(*x, window=5, implementation="reference"),
-        "long_conv": lambda *x: long_conv(*x, implementation="reference"),
-    }[name](*arrays)
-    for form, call in op.forms.items():
+SMALL = Size(12, window=5, heads=2)
+REFERENCES = {
+    "based": lambda *x: based(*x, implementation="reference")[0],
+    "linear_attention": lambda q, k, v, raw: linear_attention(
+        q, k, v, log_decay=-0.1 * jax.nn.softplus(raw), implementation="reference"
+    )[0],
+    "attention": lambda *x: sliding_window(*x, window=12, implementation="reference"),
+    "sliding_window": lambda *x: sliding_window(*x, window=5, implementation="reference"),
+    "long_conv": lambda *x: long_conv(*x, implementation="reference"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_forms_compute_the_same(name):
+    for form, (call, shapes, _) in OPS[name].forms(SMALL).items():
+        arrays = normal_arrays(shapes(SMALL), SMALL)
+        expected = REFERENCES["attention" if form == "softmax" else name](*arrays)
         error = jnp.max(jnp.abs(call(*arrays) - expected)) / jnp.max(jnp.abs(expected))
         assert error < 1e-5, form  # float32, sums of 12 terms
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_decoding_continues_the_sequence(name):
+    """Token by token through `decode`, from nothing, is one call; a cache is complete once it has been written all over."""
+    size = SMALL._replace(window=12)
+    for form, (call, shapes, decode) in OPS[name].forms(size).items():
+        if decode is None:
+            continue
+        arrays = normal_arrays(shapes(size), size)
+        step, carry = decode(size)
+        for i in range(size.length):
+            carry, y = step(carry, *(x[:, i : i + 1] for x in arrays))
+        expected = call(*arrays)[:, -1:]
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5, err_msg=form)
 
 
 def test_plain_attention_window_one_is_the_value():
@@ -217,16 +241,66 @@ def test_plain_attention_window_one_is_the_value():
     np.testing.assert_allclose(plain_attention(q, k, v, window=1), v, rtol=1e-6)
 
 
-def test_an_op_is_measured_at_every_length_that_fits(capsys):
-    result = measure_op("long_conv", (8, 16), repeats=1, memory_gib=1e-9)
-    assert len(result["rows"]) == 2 * 2 * 3
-    assert any("seconds" not in row for row in result["rows"])  # nothing that needs memory may run
-    result = measure_op("long_conv", (8, 16), repeats=1, memory_gib=1.0)
+@pytest.mark.parametrize("window", [1, 5, 12, 40])
+def test_pairs_are_counted(window):
+    i = np.arange(12)
+    seen = (i[:, None] >= i) & (i[:, None] < i + window)
+    assert sum_of_keys(12, window) == seen.sum()
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_work_grows_with_the_length(name):
+    one, two = (SMALL._replace(length=n) for n in (2048, 4096))
+    for direction in ("forward", "forward+backward"):
+        small, large = (OPS[name].work(size, direction) for size in (one, two))
+        growth = large.flops / small.flops
+        assert growth == pytest.approx(4 if name == "attention" else 2, rel=0.1)
+        assert large.bytes / small.bytes == pytest.approx(2, rel=0.02)  # one state beside them
+    assert OPS[name].work(one, "forward").flops < OPS[name].work(one, "forward+backward").flops
+
+
+def test_a_form_is_compiled_for_every_direction():
+    form = OPS["based"].forms(SMALL)["chunked"]
+    for direction, units in (("forward", 1), ("forward+backward", 1), ("decode", 32)):
+        compiled = compile_form(form, SMALL, direction)
+        assert compiled is not None
+        assert compiled.units == units
+        taken = times(compiled, calls=2, settle=0.0)
+        assert len(taken["seconds"]) == len(taken["processor"]) == 2
+    assert compile_form(OPS["based"].forms(SMALL)["plain"], SMALL, "decode") is None
+
+
+def test_an_op_is_measured_at_every_length(capsys):
+    """Real processes, one per form."""
+    result = measure_op("long_conv", (8, 16), 1, memory_gib=1.0, size=SMALL)
+    assert len(result["rows"]) == 2 * 2 * 3  # no decoding
     rows = by_length(result, "forward+backward")
     assert list(rows) == [8, 16]
     assert rows[8]["fft"]["seconds"]["count"] == 1
+    assert 0 < rows[8]["fft"]["fraction"] < 1
     assert json.dumps(result)
     assert any("t(16)/t(8)" in line for line in findings(result))
+
+
+class FakeSide(Worker):
+    def __init__(self, answer):
+        self.answer, self.asked = answer, 0
+
+    def ask(self, **request):
+        self.asked += 1
+        return self.answer
+
+
+def test_forms_that_do_not_fit_are_asked_once():
+    quick = FakeSide({"temporary": 1, "seconds": [1.0], "processor": [2.0]})
+    slow = FakeSide({"temporary": 1, "seconds": [99.0], "processor": [2.0]})
+    large, neither = FakeSide({"temporary": 7}), FakeSide({})
+    sides = {"quick": quick, "slow": slow, "large": large, "neither": neither}
+    taken = workers_take_turns(sides, {"length": 8, "direction": "forward"}, repeats=5)
+    assert [side.asked for side in sides.values()] == [5, 3, 1, 1]
+    assert taken["large"] == {"temporary": 7}
+    assert "neither" not in taken
+    assert taken["quick"]["processor"]["median"] == 2.0
 
 
 # --- tables ---
@@ -241,7 +315,7 @@ def op_result(times: dict[int, dict[str, float | None]]) -> dict:
         for direction in ("forward", "forward+backward")
         for form, t in forms.items()
     ]
-    return {"op": "based", "what": "b=1", "rows": rows}
+    return {"op": "based", "what": "b=1", "dtype": "float32", "absent": {}, "rows": rows}
 
 
 RESULT = op_result(

@@ -8,7 +8,6 @@ from eval.bench.roofline import (
     based_backward,
     based_decode,
     based_forward,
-    causal_attention,
 )
 
 PAPER = Call(1, 32768, 16, 16, 16, 64)
@@ -40,9 +39,3 @@ def test_grouped_heads_read_their_keys_once():
 def test_decoding_reads_and_writes_the_state():
     work = based_decode(Call(128, 1, 16, 16, 16, 64))
     assert work.bytes == 128 * (2 * 4 * 16 * 153 * 65 + 2 * 32 * 80)
-
-
-def test_attention_grows_with_the_square():
-    one, two = (causal_attention(Call(1, t, 16, 16, 64, 64), 64) for t in (2048, 4096))
-    assert two.flops == 4 * one.flops
-    assert one.flops == 16 * 2048**2 * 128
