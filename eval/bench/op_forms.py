@@ -18,6 +18,7 @@ from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention.decode import attend_to_cache
 from pallas_kernels.based import api as based_api
 from pallas_kernels.based.feature_map import expanded_width
+from pallas_kernels.based.prefix import prefix_based
 from pallas_kernels.linear_attention import api as linear_attention_api
 from pallas_kernels.long_conv import api as long_conv_api
 from pallas_kernels.sliding_window import api as sliding_window_api
@@ -168,8 +169,19 @@ def _based(size: Size) -> dict[str, Form]:
     forms = {name: Form(form(name), shapes) for name in names}
     forms["chunked"] = forms["chunked"]._replace(decode=decode)
     forms["plain"] = Form(plain_linear_attention(taylor, normalize=True), shapes)
+    forms["prefix"] = Form(_half_prefix, lambda size: shapes(size) + shapes(_half(size))[1:])
     softmax = Form(attention_api.attention, _heads(HEAD, HEAD, HEAD), _cache_decode(_all_tokens))
     return {**forms, "softmax": softmax}
+
+
+def _half_prefix(*arrays: Array) -> Array:
+    """JRT's prefix form, its encoder over the first half of the tokens."""
+    b, m = arrays[-1].shape[:2]
+    return prefix_based(*arrays, prefix_length=jnp.full(b, m, jnp.int32))[0]
+
+
+def _half(size: Size) -> Size:
+    return size._replace(length=size.length // 2)
 
 
 def _linear_attention(size: Size) -> dict[str, Form]:

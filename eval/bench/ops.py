@@ -16,7 +16,7 @@ from eval.bench.worker import Worker
 
 BASED_PEER = Path(__file__).with_name("based_peer.py")
 PEERS = {"torch": "chunks", "fla_chunk": "fused_chunk_based", "fla_parallel": "parallel_based"}
-ENOUGH = 20.0  # seconds after which a form is measured no more than three times
+ENOUGH = 5.0  # seconds after which a form is measured no more than three times
 DEVICES = {  # what jax calls a chip of roofline.CHIPS
     "NVIDIA H200": "H200",
     "NVIDIA H100": "H100",

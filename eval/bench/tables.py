@@ -132,6 +132,9 @@ def findings(result: Mapping[str, Any]) -> list[str]:
                 gain = ratio(rows, n, other, n, linear)
                 if gain:
                     sentences.append(f"{direction} at {n}: {linear} is {gain:.2f}x {other}")
+            cost = ratio(rows, n, "prefix", n, linear)
+            if cost:
+                sentences.append(f"{direction} at {n}: prefix takes {cost:.2f} of {linear}")
         for n in rows:
             growth = ratio(rows, 2 * n, linear, n, linear)
             if growth:

@@ -25,7 +25,7 @@ from eval.bench.tables import by_length, defeats, findings, op_tables, parts_tab
 from eval.bench.timing import machine, milliseconds, spread, take_turns
 from eval.bench.train_step import Case, set_up
 from eval.bench.worker import KEEP_FREED_MEMORY, Worker
-from pallas_kernels.based import based
+from pallas_kernels.based import based, prefix_based
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.long_conv import long_conv
 from pallas_kernels.sliding_window import sliding_window
@@ -209,6 +209,10 @@ REFERENCES = {
     "attention": lambda *x: sliding_window(*x, window=12, implementation="reference"),
     "sliding_window": lambda *x: sliding_window(*x, window=5, implementation="reference"),
     "long_conv": lambda *x: long_conv(*x, implementation="reference"),
+    "softmax": lambda *x: sliding_window(*x, window=12, implementation="reference"),
+    "prefix": lambda *x: prefix_based(*x, prefix_length=jnp.array([6]), implementation="reference")[
+        0
+    ],
 }
 
 
@@ -216,7 +220,7 @@ REFERENCES = {
 def test_forms_compute_the_same(name):
     for form, (call, shapes, _) in OPS[name].forms(SMALL).items():
         arrays = normal_arrays(shapes(SMALL), SMALL)
-        expected = REFERENCES["attention" if form == "softmax" else name](*arrays)
+        expected = REFERENCES.get(form, REFERENCES[name])(*arrays)
         error = jnp.max(jnp.abs(call(*arrays) - expected)) / jnp.max(jnp.abs(expected))
         assert error < 1e-5, form  # float32, sums of 12 terms
 
