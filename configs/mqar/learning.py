@@ -3,7 +3,7 @@
 Attention and BASED (f = 16) behind a short gated convolution, two BaseConv layers (a filter of 3, then one as long as the
 sequence), two Hyena layers. Initialisation, weight decay, the 100,000 examples and the schedule are Zoology's, at one of its
 four learning rates. Its 12,500 steps of 512 are reduced: 1,000 of 256 for attention and BASED, which need no more; 6,000 of
-512 for BaseConv, which leaves the plateau of guessing among the row's four values (.25) after 2,500 to 4,500; 3,000 of 512 for
+512 for BaseConv, which leaves the plateau of guessing among the row's four values (.25) after 2,250 to 4,250; 3,000 of 512 for
 Hyena.
 
 Command:  python -m train --config mqar/learning --workdir runs/learning
